@@ -1,0 +1,45 @@
+"""What a reader of a data set hands to the shard writer: classes and PNG images by split, nothing decoded yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lgm_dist.config import Split
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One class: its name and the group it belongs to (superclass of FC100, script of a glyph; "" where there is none)."""
+
+    name: str
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image. `read()` returns its PNG bytes, so that a large data set is never in memory as a whole."""
+
+    key: str
+    """The source file's name without its ending; unique within the split; no dots or slashes."""
+    label: int
+    """Index into the split's classes."""
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """One split of a data set."""
+
+    classes: tuple[ClassInfo, ...]
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A whole data set, ready to be written as shards."""
+
+    name: str
+    shape: tuple[int, int, int]
+    """H, W, C of every image."""
+    splits: dict[Split, SplitSource]
