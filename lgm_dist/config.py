@@ -191,13 +191,6 @@ class Config:
         return cls(**values, model=ModelConfig(**model))
 
 
-PRESETS: dict[str, Config] = {
-    "paper": Config(),
-    "demo": Config(data="glyphs", query=5, epochs=1, steps_per_epoch=200, eval_every=50, meta_batch=8, name="demo"),
-}
-"""Named starting points of `scripts/train.py --preset`; single flags override them."""
-
-
 def _positive(config: object, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, int) or value < 1:
@@ -227,3 +220,10 @@ def _known_keys(cls: type[Any], values: dict[str, Any]) -> None:
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise ValueError(f"{unknown[0]} is no field of {cls.__name__}; the fields are {', '.join(names)}")
+
+
+PRESETS: dict[str, Config] = {
+    "paper": Config(),
+    "demo": Config(data="glyphs", query=5, epochs=1, steps_per_epoch=200, eval_every=50, meta_batch=8, name="demo"),
+}
+"""Named starting points of `scripts/train.py --preset`; single flags override them."""
