@@ -1,0 +1,224 @@
+"""Episodes: which images of a bank they hold, and the tensors that the model is given.
+
+Episode i is a pure function of (seed, split, i) and the settings: any worker can make any part of the stream, a resumed
+run starts the range elsewhere, and slices of a range give the same episodes as the whole range.
+
+Shapes: B episodes, N ways, K shots, S = N*K support images, Q queries of each class, T = N*Q query images (protocol
+paper: T = 1), C channels, H x W pixels, Z noise of one generated layer. Support image i*K + j is shot j of class i; so
+are query images i*Q + j of class i under protocol standard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lgm_dist.config import Config, Split
+from lgm_dist.data.augment import ANGLES, flip_shift, rotate
+from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.philox import Purpose, Words, below, choose, draws, normals
+
+Index = npt.NDArray[np.int64]
+
+_PAPER_MEAN, _PAPER_STD = 113.77, 70.1899  # the authors' data.py: one scalar each, for all channels
+_BLOCK = 64  # images normalised at a time: they stay in the cache between the passes
+
+
+@dataclass(frozen=True)
+class EpisodeRows:
+    """What was drawn for B episodes; rows count from the start of the bank."""
+
+    support: Index
+    """(B, S)"""
+    query: Index
+    """(B, T)"""
+    labels: Index
+    """(B, T): which of the N classes each query shows."""
+    classes: Index
+    """(B, N): the bank's numbers of the classes, in the order of the labels."""
+    angles: Index | None = None
+    """(B, N): protocol paper; the place in ANGLES of each class's rotation."""
+    flips: npt.NDArray[np.bool_] | None = None
+    """(B, S + T): augmented training under protocol standard; which images are mirrored, support first."""
+    shifts: Index | None = None
+    """(B, S + T, 2): likewise; pixels down and to the right."""
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """B episodes, ready for the model."""
+
+    images: Tensor
+    """(B, S + T, C, H, W) float32, normalised, support first; in memory channels come last."""
+    labels: Tensor
+    """(B, T) int64"""
+    noise: Tensor
+    """(B, 2, Z) float32 standard normals: the noise of the two generated layers, should it be wanted."""
+    rows: EpisodeRows
+
+    @property
+    def support(self) -> Tensor:
+        """(B, S, C, H, W), a view of `images`."""
+        return self.images[:, : self.rows.support.shape[1]]
+
+    @property
+    def query(self) -> Tensor:
+        """(B, T, C, H, W), a view of `images`."""
+        return self.images[:, self.rows.support.shape[1] :]
+
+    def to(self, device: torch.device | str) -> EpisodeBatch:
+        """The same batch with its tensors on `device`; `rows` stays where it is."""
+        images, labels, noise = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.noise))
+        return replace(self, images=images, labels=labels, noise=noise)
+
+
+def check_episodes(
+    config: Config, split: Split, name: str, counts: Sequence[int], class_names: Sequence[str] = ()
+) -> None:
+    """Raise ValueError where a split with `counts[c]` images of class c is too small for the episodes that config asks.
+
+    `name` is the data set's. Needs no images, so a manifest will do.
+    """
+    of = f"split {split} of '{name}'"
+    if config.ways > len(counts):
+        raise ValueError(
+            f"{config.ways} ways need {config.ways} classes, {of} has {len(counts)}; set ways to {len(counts)} or less"
+        )
+    field, query = _query(config, split)
+    smallest = min(range(len(counts)), key=counts.__getitem__)
+    if config.shot + query > counts[smallest]:
+        called = f"'{class_names[smallest]}'" if class_names else str(smallest)
+        raise ValueError(
+            f"shot ({config.shot}) + {field} ({query}) = {config.shot + query} images a class, but class {called} "
+            f"of {of} has {counts[smallest]}; lower shot{'' if config.protocol == 'paper' else f' or {field}'}"
+        )
+
+
+def _query(config: Config, split: Split) -> tuple[str, int]:
+    """How many images of a class an episode needs beside its shots, and the field that says so."""
+    if config.protocol == "paper":
+        return "the query", 1
+    return ("query", config.query) if split == "train" else ("eval_query", config.eval_query)
+
+
+def draw_rows(bank: ImageBank, config: Config, split: Split, start: int, count: int) -> EpisodeRows:
+    """Draw episodes start .. start + count - 1 of the stream.
+
+    Raises ValueError where the bank is another split's, has too few classes, or a class of it has too few images.
+    """
+    assert start >= 0, start
+    if bank.split != split:
+        raise ValueError(
+            f"split ({split}) was asked of the bank of split {bank.split} of '{bank.name}'; open {split}'s"
+        )
+    sizes = np.diff(bank.offsets)  # (classes,)
+    check_episodes(config, split, bank.name, sizes.tolist(), bank.classes)
+    words = _words(config, split, Purpose.CLASSES, start, count, config.ways)
+    classes = choose(words, np.full(count, len(sizes)))  # (B, N)
+    if config.protocol == "paper":
+        return _paper_rows(bank, config, split, start, classes)
+    rows = _standard_rows(bank, config, split, start, classes)
+    return _with_flips_and_shifts(bank, config, split, start, rows) if config.augment and split == "train" else rows
+
+
+def _words(config: Config, split: Split, purpose: Purpose, start: int, count: int, length: int) -> Words:
+    """`length` words of each of the episodes start .. start + count - 1: (count, length)."""
+    seed = config.seed if split == "train" else config.eval_seed
+    return draws(seed, split, purpose, np.arange(start, start + count, dtype=np.int64), length)
+
+
+def _standard_rows(bank: ImageBank, config: Config, split: Split, start: int, classes: Index) -> EpisodeRows:
+    """K + Q images of each class, chosen in each class by itself."""
+    (b, n), k, q = classes.shape, config.shot, _query(config, split)[1]
+    # Draw by draw over all classes: with more queries the images before them stay as they are.
+    words = _words(config, split, Purpose.IMAGES, start, b, (k + q) * n).reshape(b, k + q, n)  # (B, K+Q, N)
+    sizes = np.diff(bank.offsets)[classes].reshape(b * n)  # (B*N,)
+    index = choose(words.swapaxes(1, 2).reshape(b * n, k + q), sizes).reshape(b, n, k + q)  # (B, N, K+Q)
+    row = bank.offsets[classes][..., None] + index  # (B, N, K+Q)
+    labels = np.tile(np.arange(n).repeat(q), (b, 1))  # (B, T)
+    return EpisodeRows(row[..., :k].reshape(b, n * k), row[..., k:].reshape(b, n * q), labels, classes)
+
+
+def _paper_rows(bank: ImageBank, config: Config, split: Split, start: int, classes: Index) -> EpisodeRows:
+    """K + 1 places, the same in every class of an episode, and one query, which is turned as its class is."""
+    (b, n), k = classes.shape, config.shot
+    labels = below(_words(config, split, Purpose.TARGET, start, b, 1), n)  # (B, 1)
+    sizes = np.diff(bank.offsets)[classes].min(axis=1)  # (B,)
+    index = choose(_words(config, split, Purpose.IMAGES, start, b, k + 1), sizes)  # (B, K+1)
+    angles = below(_words(config, split, Purpose.ROTATION, start, b, n), len(ANGLES))  # (B, N)
+    first = bank.offsets[classes]  # (B, N)
+    support = (first[..., None] + index[:, None, :k]).reshape(b, n * k)  # (B, S)
+    query = np.take_along_axis(first, labels, axis=1) + index[:, k:]  # (B, 1)
+    return EpisodeRows(support, query, labels, classes, angles=angles)
+
+
+def _with_flips_and_shifts(bank: ImageBank, config: Config, split: Split, start: int, rows: EpisodeRows) -> EpisodeRows:
+    """Each image by itself: mirrored or not, and moved by up to an eighth of its height and width."""
+    b, images = len(rows.support), rows.support.shape[1] + rows.query.shape[1]
+    words = _words(config, split, Purpose.FLIP_SHIFT, start, b, 3 * images).reshape(b, images, 3)  # (B, S+T, 3)
+    reach = np.array(bank.images.shape[1:3]) // 8  # 4 of 32 pixels
+    return replace(rows, flips=below(words[..., 0], 2) == 1, shifts=below(words[..., 1:], 2 * reach + 1) - reach)
+
+
+def sample_episodes(bank: ImageBank, config: Config, split: Split, start: int, count: int) -> EpisodeBatch:
+    """Episodes start .. start + count - 1 of the stream, augmented as the protocol says and normalised.
+
+    Raises ValueError as draw_rows does.
+    """
+    rows = draw_rows(bank, config, split, start, count)
+    every = np.concatenate([rows.support, rows.query], axis=1)  # (B, S+T)
+    images = _normalised(_augmented(_gather(bank, every.ravel()), rows, config), bank, config)  # (B*(S+T), C, H, W)
+    return EpisodeBatch(
+        images=images.unflatten(0, every.shape),  # (B, S+T, C, H, W)
+        labels=torch.from_numpy(rows.labels),
+        noise=draw_noise(config, split, start, count, 1)[0],
+        rows=rows,
+    )
+
+
+def load_images(bank: ImageBank, config: Config, rows: Index) -> Tensor:
+    """The images of the given rows (n,), normalised, never augmented: (n, C, H, W) float32, channels_last in memory."""
+    return _normalised(_gather(bank, rows), bank, config)
+
+
+def draw_noise(config: Config, split: Split, start: int, count: int, draws: int) -> Tensor:
+    """`draws` draws of the noise of each episode: (draws, B, 2, Z) float32; draw 0 is the noise of sample_episodes."""
+    z = config.model.noise_size
+    words = _words(config, split, Purpose.NOISE, start, count, draws * 2 * z)  # (B, draws*2*Z)
+    noise = normals(words).reshape(count, draws, 2, z)  # (B, draws, 2, Z)
+    return torch.from_numpy(noise.swapaxes(0, 1).copy())  # (draws, B, 2, Z)
+
+
+def _gather(bank: ImageBank, rows: Index) -> npt.NDArray[np.uint8]:
+    return np.take(np.asarray(bank.images), rows, axis=0)  # (n, H, W, C)
+
+
+def _augmented(
+    images: npt.NDArray[np.uint8], rows: EpisodeRows, config: Config
+) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+    """What `rows` holds besides rows, done to the images (B*(S+T), H, W, C)."""
+    if rows.angles is not None:
+        query = np.take_along_axis(rows.angles, rows.labels, axis=1)  # (B, T)
+        angle = np.concatenate([rows.angles.repeat(config.shot, axis=1), query], axis=1)  # (B, S+T)
+        return rotate(images, angle.ravel())
+    if rows.flips is not None and rows.shifts is not None:
+        return flip_shift(images, rows.flips.ravel(), rows.shifts[..., 0].ravel(), rows.shifts[..., 1].ravel())
+    return images
+
+
+def _normalised(images: npt.NDArray[np.uint8] | npt.NDArray[np.float32], bank: ImageBank, config: Config) -> Tensor:
+    """(n, H, W, C) on the 0 to 255 scale -> (n, C, H, W) float32, channels_last in memory."""
+    n, height, width, channels = images.shape
+    paper = config.protocol == "paper"
+    mean = torch.tensor((_PAPER_MEAN,) * channels if paper else bank.mean).repeat(height * width)  # (H*W*C,)
+    std = torch.tensor((_PAPER_STD,) * channels if paper else bank.std).repeat(height * width)  # (H*W*C,)
+    out = torch.empty(n, height * width * channels)
+    source = torch.from_numpy(images).view(out.shape)  # (n, H*W*C)
+    for block, pixels in zip(out.split(_BLOCK), source.split(_BLOCK), strict=True):
+        block.copy_(pixels).sub_(mean).div_(std)
+    return out.view(n, height, width, channels).permute(0, 3, 1, 2)  # (n, C, H, W)
