@@ -59,8 +59,9 @@ class Config:
     """Classes of an episode."""
     shot: int = 1
     """Support images of each class."""
-    query: int = 15
-    """Query images of each class in training (protocol paper: always one query an episode)."""
+    query: int = 1
+    """Query images of each class in training; time and memory of a step grow with ways * (shot + query). Protocol paper:
+    always one query an episode."""
     protocol: Protocol = "standard"
     """standard: no label-dependent augmentation. paper: the authors' own pipeline, which rotates the query with its
     class and so LEAKS the label (angles alone give 67.2 % at 5 ways); only for comparison with published figures."""

@@ -43,6 +43,16 @@ class Worker:
             self.all_reduce(x)
         return x
 
+    def mean(self, x: Tensor) -> Tensor:
+        """`x` averaged over the workers."""
+        return self.sum(x) / self.world_size
+
+    def gather(self, value: float) -> list[float]:
+        """Every worker's `value`, by rank."""
+        values = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
+        values[self.rank] = value
+        return self.sum(values).tolist()
+
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Adam as in TensorFlow (see `set_rates`), with decoupled weight decay if configured."""
@@ -79,7 +89,7 @@ def train_step(
     log_p = model(batch.support, batch.query, config.ways, noise)  # (B, T, N)
     loss = F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # ()
     optimizer.step()
     accuracy = (log_p.argmax(-1) == batch.labels).float().mean()  # ()
@@ -144,7 +154,7 @@ def evaluate(
     worker = worker or Worker()
     draws = (1 if config.protocol == "paper" else 0) if draws is None else draws
     methods = ("single draw", "vote", "mean probability") if draws else ("mean noise",)
-    hits = torch.zeros(len(methods), episodes, dtype=torch.float64)
+    hits = torch.zeros(len(methods), episodes, dtype=torch.float64, device=worker.device)
     embed = _embed_each_image_once if config.protocol == "standard" else _embed_episodes
     was_training = model.training
     model.eval()
@@ -152,9 +162,9 @@ def evaluate(
         noise = draw_noise(config, split, first, len(labels), draws).to(worker.device) if draws else [None]
         support = config.ways * config.shot
         log_p = torch.stack([model.classify(features, context, support, config.ways, n) for n in noise])  # (M, B, T, N)
-        hits[:, first : first + len(labels)] = _hits(log_p, labels, draws).cpu()
+        hits[:, first : first + len(labels)] = _hits(log_p, labels, draws)
     model.train(was_training)
-    accuracies = dict(zip(methods, worker.sum(hits).numpy(), strict=True))
+    accuracies = dict(zip(methods, worker.sum(hits).cpu().numpy(), strict=True))
     scores = {method: Score.of(values) for method, values in accuracies.items()}
     return Evaluation(split, config.protocol, config.ways, config.shot, episodes, draws, scores, accuracies)
 

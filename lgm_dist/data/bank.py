@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from lgm_dist.config import Split
+from lgm_dist.config import SPLITS, Split
+from lgm_dist.data.lock import exclusive
+from lgm_dist.data.manifest import Manifest, read_manifest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,3 +35,79 @@ class ImageBank:
     mean: tuple[float, ...]
     """Per channel over the images of the train split, on the 0 to 255 scale."""
     std: tuple[float, ...]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Images of each class, (classes,)."""
+        return np.diff(self.offsets)
+
+
+def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
+    """The images of one split of a prepared data set, shared by all processes of this machine.
+
+    The first call decodes the shards into the cache folder while other processes wait for it; every later one maps
+    the file without reading the shards. Within a class the images are sorted by key.
+
+    Args:
+        manifest: Path or URL of NAME.json.
+        split: train, val or test.
+        cache: Cache folder (see `cache_folder`).
+
+    Raises ValueError for a missing or damaged manifest or shard, OSError where the cache cannot be written.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split ({split!r}) must be one of {', '.join(SPLITS)}")
+    found = read_manifest(str(manifest))
+    entry = found.splits[split]
+    path = cache_folder(cache) / f"{found.name}-{split}-{found.digest[:32]}.uint8"
+    shape = (entry.images, *found.shape)
+    if not _complete(path, shape):
+        with exclusive(path.with_suffix(".lock")):
+            if not _complete(path, shape):  # else the process that held the lock has just built it
+                _build(found, split, path)
+    images = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))  # (n, H, W, C)
+    offsets = np.cumsum([0, *(info.images for info in entry.classes)], dtype=np.int64)  # (classes + 1,)
+    names = tuple(info.name for info in entry.classes)
+    groups = tuple(info.group for info in entry.classes)
+    return ImageBank(found.name, split, images, offsets, names, groups, found.mean, found.std)
+
+
+def cache_folder(cache: str = "") -> Path:
+    """`cache`, else the environment's LGM_DIST_CACHE, else lgm_dist in the user's cache folder."""
+    if chosen := cache or os.environ.get("LGM_DIST_CACHE", ""):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgm_dist"
+
+
+def _complete(path: Path, shape: tuple[int, ...]) -> bool:
+    return path.is_file() and path.stat().st_size == int(np.prod(shape))
+
+
+def _build(manifest: Manifest, split: Split, path: Path) -> None:
+    """Decode a split into `path`. The caller holds the lock, so the two files beside it are ours alone."""
+    from lgm_dist.data.shards import read_images  # here, as an open bank needs neither webdataset nor PIL
+
+    start = time.perf_counter()
+    arrival, partial = path.with_suffix(".arrival"), path.with_suffix(".partial")
+    try:
+        rows: list[tuple[int, str]] = []
+        with arrival.open("wb") as file:
+            for key, image, label in read_images(manifest, split):
+                rows.append((label, key))
+                file.write(image.tobytes())
+        _copy_rows(arrival, partial, sorted(range(len(rows)), key=rows.__getitem__), manifest.shape)
+        partial.replace(path)
+    finally:
+        arrival.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+    log.info("decoded %d images of %s into %s in %.1f s", len(rows), split, path, time.perf_counter() - start)
+
+
+def _copy_rows(source: Path, target: Path, order: list[int], shape: tuple[int, int, int]) -> None:
+    """Write the images of `source` to `target` in the given order, and to the disk before the caller renames it."""
+    images = np.memmap(source, np.uint8, "r", shape=(len(order), *shape))  # (n, H, W, C)
+    with target.open("wb") as file:
+        for start in range(0, len(order), 1024):
+            file.write(images[order[start : start + 1024]].tobytes())
+        file.flush()
+        os.fsync(file.fileno())

@@ -194,6 +194,14 @@ def draw_noise(config: Config, split: Split, start: int, count: int, draws: int)
     return torch.from_numpy(noise.swapaxes(0, 1).copy())  # (draws, B, 2, Z)
 
 
+def to_pixels(images: Tensor, bank: ImageBank, config: Config) -> npt.NDArray[np.float32]:
+    """Normalised images (n, C, H, W) as a person sees them: (n, H, W, C), 0 to 1."""
+    mean, std = _statistics(bank, config)
+    pixels = images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)  # (n, H, W, C)
+    shown: npt.NDArray[np.float32] = (pixels / 255).clamp(0, 1).numpy()
+    return shown
+
+
 def _gather(bank: ImageBank, rows: Index) -> npt.NDArray[np.uint8]:
     return np.take(np.asarray(bank.images), rows, axis=0)  # (n, H, W, C)
 
@@ -214,11 +222,16 @@ def _augmented(
 def _normalised(images: npt.NDArray[np.uint8] | npt.NDArray[np.float32], bank: ImageBank, config: Config) -> Tensor:
     """(n, H, W, C) on the 0 to 255 scale -> (n, C, H, W) float32, channels_last in memory."""
     n, height, width, channels = images.shape
-    paper = config.protocol == "paper"
-    mean = torch.tensor((_PAPER_MEAN,) * channels if paper else bank.mean).repeat(height * width)  # (H*W*C,)
-    std = torch.tensor((_PAPER_STD,) * channels if paper else bank.std).repeat(height * width)  # (H*W*C,)
+    mean, std = (torch.tensor(s).repeat(height * width) for s in _statistics(bank, config))  # (H*W*C,)
     out = torch.empty(n, height * width * channels)
     source = torch.from_numpy(images).view(out.shape)  # (n, H*W*C)
     for block, pixels in zip(out.split(_BLOCK), source.split(_BLOCK), strict=True):
         block.copy_(pixels).sub_(mean).div_(std)
     return out.view(n, height, width, channels).permute(0, 3, 1, 2)  # (n, C, H, W)
+
+
+def _statistics(bank: ImageBank, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the normalisation, per channel on the 0 to 255 scale."""
+    if config.protocol == "paper":
+        return (_PAPER_MEAN,) * len(bank.mean), (_PAPER_STD,) * len(bank.std)
+    return bank.mean, bank.std

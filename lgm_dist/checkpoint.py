@@ -1,0 +1,134 @@
+"""Checkpoints: folders `checkpoints/step-00001000` with state.pt (tensors) and state.json (all else). torch and JSON, no Ray.
+
+A checkpoint is complete or absent: it is written beside its place and renamed, state.json carries the digest of state.pt,
+and files load without executing anything. The newest two and the best on val are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lgm_dist.config import Config
+from lgm_dist.model import LGMNet
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands after `step` optimizer steps."""
+
+    step: int = 0
+    val_accuracy: float = -1.0
+    """Of this very checkpoint, in 0 to 1; -1 before the first evaluation."""
+    val_ci95: float = 0.0
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose files are missing, unreadable or not those that were written."""
+
+
+def save(run: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> Path:
+    """Writes the checkpoint of `state` into the run's folder, drops those no longer needed, returns its folder."""
+    folder = run / "checkpoints" / f"step-{state.step:08d}"
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, beside / "state.pt")
+    digest = _sha256(beside / "state.pt")
+    meta = {"format": FORMAT, "sha256": digest, "state": dataclasses.asdict(state), "config": config.to_dict()}
+    (beside / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    _prune(run)
+    return folder
+
+
+def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Loads the newest whole checkpoint of the run into model and optimizer; without one, leaves them at step 0.
+
+    A damaged one is named in a warning and the one before it is used.
+    """
+    for folder in reversed(_folders(run)):
+        try:
+            state, tensors = _read(folder)
+        except DamagedCheckpoint as error:
+            warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+            continue
+        model.load_state_dict(tensors["model"])
+        optimizer.load_state_dict(tensors["optimizer"])
+        return state
+    return TrainState()
+
+
+def best(run: Path) -> Path:
+    """Folder of the run's checkpoint with the highest val accuracy (of equals, the earliest)."""
+    folders = _folders(run)
+    if not folders:
+        raise ValueError(f"{run} has no checkpoint; train it with scripts/train.py first")
+    return max(folders, key=lambda folder: (_state(_meta(folder)).val_accuracy, -folders.index(folder)))
+
+
+def load_model(folder: Path) -> tuple[LGMNet, Config, TrainState]:
+    """The network of a checkpoint, in evaluation mode, on the CPU. Raises ValueError for a damaged one."""
+    try:
+        state, tensors = _read(folder)
+    except DamagedCheckpoint as error:
+        raise ValueError(f"{error}; name another run or train it anew") from None
+    config = Config.from_dict(_meta(folder)["config"])
+    model = LGMNet(config.model)
+    model.load_state_dict(tensors["model"])
+    return model.eval(), config, state
+
+
+def _prune(run: Path) -> None:
+    folders = _folders(run)
+    for folder in set(folders) - set(folders[-2:]) - {best(run)}:
+        shutil.rmtree(folder)
+
+
+def _folders(run: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/state.json"))
+
+
+def _read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
+    meta = _meta(folder)
+    try:
+        digest = _sha256(folder / "state.pt")
+    except OSError as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} cannot be read ({error})") from error
+    if digest != meta["sha256"]:
+        raise DamagedCheckpoint(f"checkpoint {folder}/state.pt is not the file that was written (sha256 differs)")
+    return _state(meta), torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        known = meta["format"] == FORMAT and {"sha256", "state", "config"} <= meta.keys()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}/state.json cannot be read ({error})") from error
+    if not known:
+        raise DamagedCheckpoint(f"checkpoint {folder}/state.json is not of format {FORMAT}")
+    return meta
+
+
+def _state(meta: dict[str, Any]) -> TrainState:
+    return TrainState(**meta["state"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,35 @@
+"""Sample keys from file names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+
+def unique_keys(names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Keys of the samples of one split, in order.
+
+    Args:
+        names: The source files' names without their endings.
+        classes: The class name of each.
+
+    A key is the file's name, dots and slashes (which webdataset takes for structure) replaced by "_". A name that
+    occurs more than once gets its class appended, and a number where that does not tell them apart either.
+    """
+    stems = [_clean(name) for name in names]
+    often = Counter(stems)
+    taken: set[str] = set()
+    keys = []
+    for stem, class_name in zip(stems, classes, strict=True):
+        base = stem if often[stem] == 1 else f"{stem}-{_clean(class_name)}"
+        key, number = base, 2
+        while key in taken or (key != stem and key in often):
+            key, number = f"{base}-{number}", number + 1
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[./\\\s]", "_", name)

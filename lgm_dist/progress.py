@@ -1,0 +1,82 @@
+"""A progress bar in the process that started the run, fed from metrics.jsonl: the same for every number of workers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from lgm_dist.config import Config
+from lgm_dist.tracking import METRICS
+
+_POLL_SECONDS = 0.5
+
+
+class Progress:
+    """While open, shows steps, loss, accuracy, episodes/s, last val accuracy and the time left, on standard error."""
+
+    def __init__(self, run: Path, config: Config) -> None:
+        self._path = run / METRICS
+        self._seen = 0
+        self._shown: dict[str, str] = {}
+        self._stop = threading.Event()
+        interval = _POLL_SECONDS if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(
+            total=config.steps, desc=config.run_name, unit="step", mininterval=interval, dynamic_ncols=True
+        )
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._bar.close()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_SECONDS):
+            self._update()
+        self._update()
+
+    def _update(self) -> None:
+        rows = self._new_rows()
+        if not rows:
+            return
+        for row in rows:
+            self._shown |= _in_words(row)
+        if self._bar.n == 0 and rows[0]["step"] > 1:
+            self._bar.initial = rows[0]["step"]
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(rows[-1]["step"] - self._bar.n)
+
+    def _new_rows(self) -> list[dict[str, Any]]:
+        """Whole lines since the last look; from the start again where the file was cut for a resumed run."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            if self._path.stat().st_size < self._seen:
+                self._seen = 0
+            file.seek(self._seen)
+            lines = file.read().split(b"\n")[:-1]
+        self._seen += sum(len(line) + 1 for line in lines)
+        return [json.loads(line) for line in lines]
+
+
+def _in_words(row: dict[str, Any]) -> dict[str, str]:
+    shown = {}
+    if "train/loss" in row:
+        shown["loss"] = f"{row['train/loss']:.3f}"
+        shown["acc"] = f"{100 * row['train/accuracy']:.1f}%"
+        shown["episodes/s"] = f"{row['speed/episodes_per_s']:.0f}"
+    if "val/accuracy" in row:
+        shown["val"] = f"{100 * row['val/accuracy']:.1f}%"
+    return shown

@@ -1,0 +1,81 @@
+"""Prepare a data set: WebDataset shards and their manifest NAME.json, from CIFAR-100, class folders or built-in glyphs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+from lgm_dist.config import SPLITS
+from lgm_dist.data.source import DataSource
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="fc100")
+def fc100(out: Path, source: str = "") -> None:
+    """FC100: CIFAR-100 split by superclass (TADAM, NeurIPS 2018).
+
+    Args:
+        out: Folder of the shards.
+        source: cifar-100-python.tar.gz, its unpacked folder, or a folder of Hugging Face parquet files; without it the
+            archive is downloaded.
+    """
+    from lgm_dist.data.fc100 import fc100_source
+
+    _prepare(fc100_source(source), out)
+
+
+@app.command(name="folder")
+def folder(source: Path, out: Path, name: str, size: int | None = None) -> None:
+    """Any data set of class folders.
+
+    Args:
+        source: Folder with train/, val/ and test/, each with a folder of images per class.
+        out: Folder of the shards; data/NAME makes the data set known by its name.
+        name: Name of the data set.
+        size: Resize every image to size x size pixels.
+    """
+    from lgm_dist.data.folder import folder_source
+
+    _prepare(folder_source(str(source), name, size), out)
+
+
+@app.command(name="glyphs")
+def glyphs(out: Path) -> None:
+    """The built-in data set of letters, made offline.
+
+    Args:
+        out: Folder of the shards.
+    """
+    from lgm_dist.data.glyphs import glyphs_source
+
+    _prepare(glyphs_source(), out)
+
+
+def _prepare(source: DataSource, out: Path) -> None:
+    from lgm_dist.data.shards import read_manifest, write_shards
+
+    start = time.perf_counter()
+    manifest = read_manifest(str(write_shards(source, out)))
+    seconds = time.perf_counter() - start
+    print(f"{'split':<8}{'classes':>8}{'images':>8}{'shards':>8}")
+    for split in SPLITS:
+        entry = manifest.splits[split]
+        print(f"{split:<8}{len(entry.classes):>8}{entry.images:>8}{len(entry.shards):>8}")
+    height, width, _ = manifest.shape
+    print(f"images    {width}x{height}, mean {_numbers(manifest.mean)}, std {_numbers(manifest.std)} (train, 0 to 255)")
+    print(f"manifest  {manifest.location}  ({seconds:.1f} s)")
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+if __name__ == "__main__":
+    try:
+        app.cli(description=__doc__)
+    except (ValueError, OSError) as fault:
+        sys.exit(f"prepare: {fault}")

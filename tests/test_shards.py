@@ -1,0 +1,412 @@
+"""Shards and manifest: identical bytes, plain readability, and every fault named."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from lgm_dist.config import SPLITS
+from lgm_dist.data.shards import (
+    Manifest,
+    channel_statistics,
+    image_histogram,
+    read_manifest,
+    read_samples,
+    write_shards,
+)
+from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
+
+SHAPE = (4, 6, 3)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def tiny_source(name: str = "tiny", images: tuple[int, ...] = (5, 3, 4)) -> DataSource:
+    """Each split has its own classes, class c with images[c] random images."""
+    rng = np.random.default_rng(7)
+    splits = {}
+    for split in SPLITS:
+        classes = tuple(ClassInfo(f"{split}-c{c}", f"g{c % 2}") for c in range(len(images)))
+        samples = []
+        for label, count in enumerate(images):
+            for i in range(count):
+                content = png(rng.integers(0, 256, SHAPE, dtype=np.uint8))
+                samples.append(Sample(f"c{label}_s_{i:06d}", label, functools.partial(bytes, content)))
+        splits[split] = SplitSource(classes, samples)
+    return DataSource(name, SHAPE, splits)
+
+
+def with_samples(source: DataSource, split: str, samples: list[Sample]) -> DataSource:
+    return replace(source, splits=source.splits | {split: replace(source.splits[split], samples=samples)})
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A manifest whose train split (12 samples) lies in three shards."""
+    return write_shards(tiny_source(), tmp_path / "tiny", samples_per_shard=5)
+
+
+def edit(manifest: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    record = json.loads(manifest.read_bytes())
+    change(record)
+    manifest.write_text(json.dumps(record))
+    return manifest
+
+
+def rewrite_shard(manifest: Path, number: int, change: Callable[[list[tuple[str, bytes]]], object]) -> None:
+    """Change the members of a train shard and give the manifest its new digest: a fault that no digest shows."""
+    path = manifest.parent / f"tiny-train-{number:06d}.tar"
+    with tarfile.open(path) as tar:
+        members = [(info.name, tar.extractfile(info).read()) for info in tar]
+    change(members)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(manifest, lambda r: r["splits"]["train"]["shards"][number].update(sha256=digest))
+
+
+def read_fault(manifest: Path) -> str:
+    with pytest.raises(ValueError, match="make the shards anew with") as caught:
+        list(read_samples(read_manifest(str(manifest)), "train"))
+    text = str(caught.value)
+    assert f"python scripts/prepare.py folder --source PATH --name tiny --out {manifest.parent}" in text
+    assert "\n" not in text
+    return text
+
+
+# --- writing ---
+
+
+def test_png_bytes_keys_and_labels_come_back_unchanged(prepared: Path) -> None:
+    manifest = read_manifest(str(prepared))
+    for split, wanted in tiny_source().splits.items():
+        expected = {(s.key, s.read(), s.label) for s in wanted.samples}
+        found = list(read_samples(manifest, split))
+        assert len(found) == 12
+        assert set(found) == expected
+
+
+def test_plain_webdataset_reads_the_shards_by_a_brace_pattern(prepared: Path) -> None:
+    url = str(prepared.parent / "tiny-train-{000000..000002}.tar")
+    samples = list(webdataset.WebDataset(url, shardshuffle=False).decode("rgb8").to_tuple("__key__", "png", "cls"))
+    expected = {s.key: (s.label, s.read()) for s in tiny_source().splits["train"].samples}
+    assert len(samples) == len(expected) == 12
+    for key, pixels, label in samples:
+        assert label == expected[key][0]
+        assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(expected[key][1]))))
+
+
+def test_two_preparations_give_identical_bytes_whatever_the_order_of_the_source(tmp_path: Path, prepared: Path) -> None:
+    source = tiny_source()
+    for split in SPLITS:
+        source = with_samples(source, split, list(reversed(source.splits[split].samples)))
+    again = write_shards(source, tmp_path / "again", samples_per_shard=5)
+    names = sorted(path.name for path in prepared.parent.iterdir())
+    assert len(names) == 10  # three shards a split and the manifest, nothing else
+    assert names == sorted(path.name for path in again.parent.iterdir())
+    assert all((again.parent / n).read_bytes() == (prepared.parent / n).read_bytes() for n in names)
+
+
+def test_shards_mix_the_classes_and_hold_two_members_a_sample_without_times(prepared: Path) -> None:
+    for number in range(2):
+        with tarfile.open(prepared.parent / f"tiny-train-{number:06d}.tar") as tar:
+            infos = tar.getmembers()
+        assert {info.mtime for info in infos} == {0}
+        assert sorted({info.name.rpartition(".")[2] for info in infos}) == ["cls", "png"]
+        assert len(infos) == 10
+        assert len({info.name[:2] for info in infos}) > 1
+
+
+def test_the_manifest_says_what_the_files_hold(prepared: Path) -> None:
+    record = json.loads(prepared.read_bytes())
+    assert (record["format"], record["name"], record["shape"]) == (1, "tiny", [4, 6, 3])
+    train = record["splits"]["train"]
+    assert train["classes"] == [
+        {"name": "train-c0", "group": "g0", "images": 5},
+        {"name": "train-c1", "group": "g1", "images": 3},
+        {"name": "train-c2", "group": "g0", "images": 4},
+    ]
+    assert [shard["samples"] for shard in train["shards"]] == [5, 5, 2]
+    for shard in train["shards"]:
+        assert shard["sha256"] == hashlib.sha256((prepared.parent / shard["file"]).read_bytes()).hexdigest()
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(s.read()))) for s in tiny_source().splits["train"].samples])
+    np.testing.assert_allclose(record["mean"], pixels.mean((0, 1, 2), np.float64), rtol=1e-12)
+    np.testing.assert_allclose(record["std"], pixels.std((0, 1, 2), np.float64), rtol=1e-12)
+    manifest = read_manifest(str(prepared))
+    assert manifest.digest == hashlib.sha256(prepared.read_bytes()).hexdigest()
+
+
+def test_channel_statistics_by_hand() -> None:
+    image = np.array([[[0, 10, 255], [2, 10, 0]]], np.uint8)  # (1, 2, 3)
+    assert channel_statistics(image_histogram(image)) == ((1.0, 10.0, 127.5), (1.0, 0.0, 127.5))
+
+
+def test_long_and_foreign_keys_survive(tmp_path: Path) -> None:
+    source = tiny_source()
+    keys = ["x" * 200, "лиса", "with space"]
+    samples = [replace(s, key=keys[i] if i < 3 else s.key) for i, s in enumerate(source.splits["val"].samples)]
+    manifest = write_shards(with_samples(source, "val", samples), tmp_path)
+    assert {k for k, _, _ in read_samples(read_manifest(str(manifest)), "val")} == {s.key for s in samples}
+
+
+def test_preparing_again_replaces_everything_of_the_same_name(prepared: Path) -> None:
+    other = prepared.parent / "tiny-other-000000.tar"
+    other.write_bytes(b"not ours")
+    write_shards(tiny_source(), prepared.parent, samples_per_shard=50)
+    assert sorted(path.name for path in prepared.parent.iterdir()) == [
+        "tiny-other-000000.tar",
+        "tiny-test-000000.tar",
+        "tiny-train-000000.tar",
+        "tiny-val-000000.tar",
+        "tiny.json",
+    ]
+
+
+def test_a_failure_while_images_are_read_leaves_no_trace(tmp_path: Path, prepared: Path) -> None:
+    def broken() -> bytes:
+        raise OSError("disk gone")
+
+    source = tiny_source()
+    samples = [*source.splits["test"].samples[:-1], replace(source.splits["test"].samples[-1], read=broken)]
+    before = {path.name: path.read_bytes() for path in prepared.parent.iterdir()}
+    for folder in (tmp_path / "fresh", prepared.parent):
+        with pytest.raises(OSError, match="disk gone"):
+            write_shards(with_samples(source, "test", samples), folder, samples_per_shard=5)
+    assert list((tmp_path / "fresh").iterdir()) == []
+    assert {path.name: path.read_bytes() for path in prepared.parent.iterdir()} == before
+
+
+def test_an_end_between_two_renames_leaves_no_manifest(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, done = os.replace, []
+
+    def replace_once(source: Path, target: Path) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tiny_source(), prepared.parent, samples_per_shard=5)
+    assert len(done) == 1
+    assert not prepared.exists()
+
+
+def refused(change: str) -> DataSource:
+    source = tiny_source()
+    train = source.splits["train"]
+    first, *rest = train.samples
+    black = png(np.zeros(SHAPE, np.uint8))
+    return {
+        "name": lambda: replace(source, name="../x"),
+        "split": lambda: replace(source, splits={k: v for k, v in source.splits.items() if k != "val"}),
+        "class": lambda: with_samples(source, "train", [s for s in train.samples if s.label != 1]),
+        "label": lambda: with_samples(source, "train", [replace(first, label=3), *rest]),
+        "twice": lambda: replace(source, splits=source.splits | {"val": train}),
+        "key": lambda: with_samples(source, "train", [replace(first, key=rest[0].key), *rest]),
+        "dot": lambda: with_samples(source, "train", [replace(first, key="a.b"), *rest]),
+        "shape": lambda: with_samples(
+            source, "train", [replace(first, read=lambda: png(np.zeros((4, 5, 3), np.uint8)))]
+        ),
+        "mode": lambda: with_samples(
+            source, "val", [replace(first, read=lambda: png(np.zeros((4, 6), np.uint8))), *rest]
+        ),
+        "jpeg": lambda: with_samples(source, "val", [replace(first, read=lambda: b"\xff\xd8\xff"), *rest]),
+        "black": lambda: with_samples(source, "train", [replace(s, read=lambda: black) for s in train.samples]),
+    }[change]()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("name", r"name \('\.\./x'\) must be letters"),
+        ("split", "split val is empty"),
+        ("class", "class train-c1 has no images"),
+        ("label", "label 3 is none of its 3 classes"),
+        ("twice", "class train-c0 is in train and again in val"),
+        ("key", "key 'c0_s_000001' must be unique"),
+        ("dot", r"key 'a\.b' must be unique, not empty, without dots"),
+        ("mode", "image c0_s_000000 is a 6x4 L image, where 6x4 RGB is wanted"),
+        ("jpeg", "image c0_s_000000 does not decode as PNG"),
+        ("black", "one value everywhere"),
+    ],
+)
+def test_a_source_that_cannot_be_trained_on_is_refused(tmp_path: Path, change: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        write_shards(refused(change), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- reading: each fault names the shard, the member where known, and the command ---
+
+
+@pytest.mark.parametrize("extra", [-200, 100, 600])
+def test_a_truncated_shard_is_named_with_its_last_member(prepared: Path, extra: int) -> None:
+    shard = prepared.parent / "tiny-train-000001.tar"
+    with tarfile.open(shard) as tar:
+        infos = tar.getmembers()
+    with shard.open("r+b") as file:  # in the padding or data before member 5, in its header, in its data
+        file.truncate(infos[5].offset + extra)
+    text = read_fault(prepared)
+    assert f"shard {shard}: its sha256 is" in text
+    assert f"(the tar breaks off after member {infos[4].name})" in text
+
+
+def test_a_flipped_byte_is_found_and_its_sample_named(prepared: Path) -> None:
+    shard = prepared.parent / "tiny-train-000002.tar"
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        info = next(info for info in tar if info.name.endswith(".png"))
+    content[info.offset_data + 45] ^= 0xFF  # inside the compressed pixels
+    shard.write_bytes(content)
+    text = read_fault(prepared)
+    assert f"shard {shard}: its sha256 is {hashlib.sha256(content).hexdigest()}" in text
+    assert f"(member {info.name} does not decode" in text
+
+
+def test_a_missing_shard_and_a_wrong_digest_are_named(prepared: Path) -> None:
+    edit(prepared, lambda r: r["splits"]["train"]["shards"][0].update(sha256="0" * 64))
+    assert f"{prepared.parent}/tiny-train-000000.tar: its sha256 is" in read_fault(prepared)
+    (prepared.parent / "tiny-train-000000.tar").unlink()
+    assert f"{prepared.parent}/tiny-train-000000.tar: No such file or directory" in read_fault(prepared)
+
+
+def test_a_label_that_is_no_class_names_the_member(prepared: Path) -> None:
+    rewrite_shard(prepared, 1, lambda members: members.__setitem__(2, (members[2][0], b"3")))
+    with tarfile.open(prepared.parent / "tiny-train-000001.tar") as tar:
+        key = tar.getnames()[2].removesuffix(".cls")
+    assert f"tiny-train-000001.tar, sample {key}: its label '3' is none of 0 to 2" in read_fault(prepared)
+
+
+def test_a_label_of_another_class_shows_in_the_counts(prepared: Path) -> None:
+    def relabel(members: list[tuple[str, bytes]]) -> None:
+        at = next(i for i, (name, content) in enumerate(members) if name.endswith(".cls") and content == b"0")
+        members[at] = (members[at][0], b"1")
+
+    rewrite_shard(prepared, 0, relabel)
+    assert "has 4 images of class train-c0, the manifest says 5" in read_fault(prepared)
+
+
+def test_a_duplicate_key_names_its_second_member(prepared: Path) -> None:
+    with tarfile.open(prepared.parent / "tiny-train-000000.tar") as tar:
+        key = tar.getnames()[0].partition(".")[0]
+
+    def rename(members: list[tuple[str, bytes]]) -> None:
+        members[:2] = [(f"{key}.{name.rpartition('.')[2]}", content) for name, content in members[:2]]
+
+    rewrite_shard(prepared, 2, rename)
+    assert f"tiny-train-000002.tar, sample {key}: occurs twice" in read_fault(prepared)
+
+
+def test_a_missing_member_and_a_missing_sample_are_named(prepared: Path) -> None:
+    rewrite_shard(prepared, 0, lambda members: members.pop(0))
+    assert "has no .cls" in read_fault(prepared)
+    rewrite_shard(prepared, 0, lambda members: members.pop(0))
+    assert "tiny-train-000000.tar: holds 4 samples, the manifest says 5" in read_fault(prepared)
+
+
+# --- the manifest ---
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda r: r.update(format=2), "format 2, newer than the 1"),
+        (lambda r: r.update(format=0), r"format \(0\) must be 1"),
+        (lambda r: r.pop("name"), "'name' is missing"),
+        (lambda r: r.update(name=3), r"name \(3\) must be of type str"),
+        (lambda r: r.update(shape=[4, 6]), r"shape \[4, 6\] must be 3 numbers"),
+        (lambda r: r.update(shape=[4, 6.5, 3]), "shape .* must be 3 numbers"),
+        (lambda r: r.update(shape=[4, 6, 2]), "1 or 3"),
+        (lambda r: r.update(mean=[1, 2]), "mean .* must be 3 numbers"),
+        (lambda r: r.update(mean=[1, 2, float("nan")]), "mean .* must be 3 numbers"),
+        (lambda r: r.update(mean=[1, 2, 256]), "between 0 and 255"),
+        (lambda r: r.update(std=[1, 2, 0]), "std .* above 0"),
+        (lambda r: r["splits"].pop("val"), r"splits \(train, test\) must be train, val, test"),
+        (lambda r: r["splits"]["val"].update(classes=[]), "split val has 0 classes"),
+        (lambda r: r["splits"]["val"].update(shards={}), "shards .* must be of type list"),
+        (lambda r: r["splits"]["val"]["classes"][0].update(images=True), "images .* must be of type int"),
+        (lambda r: r["splits"]["val"]["classes"][0].update(images=0), r"images \(0\) must be at least 1"),
+        (lambda r: r["splits"]["val"]["classes"][0].update(images=6), "split val has 13 images in its classes, 12"),
+        (lambda r: r["splits"]["val"]["classes"][0].update(name="train-c0"), "class train-c0 occurs twice"),
+        (lambda r: r["splits"]["val"]["shards"][0].update(file="../x.tar"), "file .* does not match"),
+        (lambda r: r["splits"]["val"]["shards"][0].update(file="a..tar"), "plain name"),
+        (lambda r: r["splits"]["val"]["shards"][0].update(sha256="12"), "sha256 .* does not match"),
+        (lambda r: r["splits"]["val"]["shards"].__setitem__(0, 1), "1 stands where a record with 'file' is wanted"),
+    ],
+)
+def test_a_wrong_field_of_a_manifest_is_named(prepared: Path, change: Callable[[Any], object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=rf"{prepared}.*{sentence}.*writes it anew"):
+        read_manifest(str(edit(prepared, change)))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"format": 1e999}', b"[" * 100_000])
+def test_a_manifest_that_is_no_record_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"manifest {path}: "):
+        read_manifest(str(path))
+
+
+def test_a_missing_manifest_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the manifest .*prepare\.py fc100 --source PATH --out"):
+        read_manifest(str(tmp_path / "fc100.json"))
+
+
+# --- over http ---
+
+
+@pytest.fixture
+def served(prepared: Path) -> Iterator[str]:
+    """The URL of the prepared data set's manifest on a server of this process."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(prepared.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/tiny.json"
+        server.shutdown()
+
+
+def test_manifest_and_shards_are_read_over_http(prepared: Path, served: str) -> None:
+    local, remote = read_manifest(str(prepared)), read_manifest(served)
+    assert isinstance(remote, Manifest)
+    assert remote.digest == local.digest
+    assert list(read_samples(remote, "val")) == list(read_samples(local, "val"))
+    plain = webdataset.WebDataset(served.replace(".json", "-val-{000000..000002}.tar"), shardshuffle=False)
+    assert len(list(plain)) == 12
+
+
+def test_what_the_server_has_not_is_named(prepared: Path, served: str) -> None:
+    manifest = read_manifest(served)
+    (prepared.parent / "tiny-val-000001.tar").unlink()
+    shard = served.replace(".json", "-val-000001.tar")
+    with pytest.raises(ValueError, match=rf"shard {shard}: curl ended with status 22: an HTTP error.*--out DIR"):
+        list(read_samples(manifest, "val"))
+    with pytest.raises(ValueError, match=r"cannot read the manifest .*/none\.json \(curl ended with status 22"):
+        read_manifest(served.replace("tiny.json", "none.json"))
