@@ -17,6 +17,8 @@ from lgm_dist.data.episodes import EpisodeBatch, draw_noise, draw_rows, load_ima
 from lgm_dist.model import AllReduce, LGMNet
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+METHODS = (("mean noise",), ("single draw",), ("single draw", "vote", "mean probability"))
+"""How an evaluation with 0, 1 or more noise draws decides. The single draw is the last one, as in the authors' code."""
 IMAGES_AT_ONCE = 1000
 """Images that an evaluation embeds in one go; bounds its memory."""
 
@@ -125,13 +127,13 @@ class Evaluation:
     draws: int
     """Noise draws of the generated weights; 0: noise at its mean."""
     scores: dict[str, Score]
-    """`mean noise`; with draws: `single draw` (the last one, as the authors print), `vote` and `mean probability`."""
+    """By method (see METHODS), the protocol's own first."""
     accuracies: dict[str, npt.NDArray[np.float64]]
     """For each of `scores`, the accuracy of every episode (episodes,)."""
 
     @property
     def score(self) -> Score:
-        """The protocol's own: noise at its mean, or a single draw."""
+        """With the noise at its mean, or of a single draw."""
         return next(iter(self.scores.values()))
 
 
@@ -153,7 +155,7 @@ def evaluate(
     """
     worker = worker or Worker()
     draws = (1 if config.protocol == "paper" else 0) if draws is None else draws
-    methods = ("single draw", "vote", "mean probability") if draws else ("mean noise",)
+    methods = METHODS[min(draws, 2)]
     hits = torch.zeros(len(methods), episodes, dtype=torch.float64, device=worker.device)
     embed = _embed_each_image_once if config.protocol == "standard" else _embed_episodes
     was_training = model.training
@@ -172,7 +174,7 @@ def evaluate(
 def _hits(log_p: Tensor, labels: Tensor, draws: int) -> Tensor:
     """log_p (M, B, T, N), labels (B, T) -> accuracy of each episode by each method (methods, B), in float64."""
     guesses = log_p.argmax(-1)  # (M, B, T)
-    if not draws:
+    if draws < 2:
         return (guesses == labels).double().mean(-1)  # (1, B)
     votes = F.one_hot(guesses, log_p.shape[-1]).sum(0).argmax(-1)  # (B, T); a tie goes to the smallest label, as theirs
     mean = log_p.exp().mean(0).argmax(-1)  # (B, T)
