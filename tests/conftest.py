@@ -1,0 +1,56 @@
+"""A tiny data set on disk that trains in seconds, for the tests of everything above the data."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lgm_dist.config import SPLITS
+from lgm_dist.data.shards import write_shards
+from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
+
+CLASSES, IMAGES, SIDE = 6, 24, 16
+
+
+def _png(split: int, label: int, index: int) -> bytes:
+    """A noisy coloured stripe pattern; its direction and period tell the class, so that a few steps learn something."""
+    random = np.random.default_rng([split, label, index])
+    y, x = np.mgrid[:SIDE, :SIDE]
+    angle = np.pi * label / CLASSES
+    wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (1.2 + 0.3 * split) + random.uniform(0, 6))
+    pixels = 128 + 60 * wave[..., None] * random.uniform(0.5, 1, 3) + 20 * random.standard_normal((SIDE, SIDE, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Manifest of the data set `tiny`: 6 classes of 24 images of 16 x 16 in each split."""
+    splits = {
+        split: SplitSource(
+            tuple(ClassInfo(f"{split}{label}") for label in range(CLASSES)),
+            [
+                Sample(f"{split}_{label}_{i}", label, partial(_png, number, label, i))
+                for label in range(CLASSES)
+                for i in range(IMAGES)
+            ],
+        )
+        for number, split in enumerate(SPLITS)
+    }
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    return write_shards(DataSource("tiny", (SIDE, SIDE, 3), splits), folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Banks of the tests go into a folder of their own; W&B stays off the network."""
+    import os
+
+    os.environ["LGM_DIST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["WANDB_MODE"] = "disabled"
