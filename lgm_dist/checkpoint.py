@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -42,8 +43,9 @@ class DamagedCheckpoint(Exception):
 def save(run: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> Path:
     """Writes the checkpoint of `state` into the run's folder, drops those no longer needed, returns its folder."""
     folder = run / "checkpoints" / f"step-{state.step:08d}"
+    for leftover in folder.parent.glob(".step-*"):  # of a process that was killed here
+        shutil.rmtree(leftover)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, beside / "state.pt")
     digest = _sha256(beside / "state.pt")
@@ -74,10 +76,10 @@ def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tr
 
 def best(run: Path) -> Path:
     """Folder of the run's checkpoint with the highest val accuracy (of equals, the earliest)."""
-    folders = _folders(run)
-    if not folders:
+    states = _states(run)
+    if not states:
         raise ValueError(f"{run} has no checkpoint; train it with scripts/train.py first")
-    return max(folders, key=lambda folder: (_state(_meta(folder)).val_accuracy, -folders.index(folder)))
+    return max(states, key=lambda folder: states[folder].val_accuracy)  # max takes the first of equals
 
 
 def load_model(folder: Path) -> tuple[LGMNet, Config, TrainState]:
@@ -93,14 +95,24 @@ def load_model(folder: Path) -> tuple[LGMNet, Config, TrainState]:
 
 
 def _prune(run: Path) -> None:
-    folders = _folders(run)
-    for folder in set(folders) - set(folders[-2:]) - {best(run)}:
+    for folder in set(_folders(run)) - set(list(_states(run))[-2:]) - {best(run)}:
         shutil.rmtree(folder)
 
 
 def _folders(run: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/state.json"))
+    """Checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def _states(run: Path) -> dict[Path, TrainState]:
+    """The checkpoints with their states, oldest first; one without a readable state.json is named in a warning."""
+    states = {}
+    for folder in _folders(run):
+        try:
+            states[folder] = _state(_meta(folder))
+        except DamagedCheckpoint as error:
+            warnings.warn(f"{error}; it is left out", stacklevel=2)
+    return states
 
 
 def _read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
@@ -111,7 +123,10 @@ def _read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         raise DamagedCheckpoint(f"checkpoint {folder} cannot be read ({error})") from error
     if digest != meta["sha256"]:
         raise DamagedCheckpoint(f"checkpoint {folder}/state.pt is not the file that was written (sha256 differs)")
-    return _state(meta), torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    try:
+        return _state(meta), torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}/state.pt holds more than tensors and is not loaded") from error
 
 
 def _meta(folder: Path) -> dict[str, Any]:

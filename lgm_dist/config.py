@@ -45,10 +45,11 @@ class ModelConfig:
         _choice(self, "norm", ("batch", "group", "instance", "layer"))
         _choice(self, "norm_scope", ("global", "worker", "episode"))
         _between(self, "norm_decay", 0.0, 1.0)
-        if self.norm_epsilon <= 0:
+        if not 0 < self.norm_epsilon < float("inf"):
             raise ValueError(f"norm_epsilon ({self.norm_epsilon}) must be positive; the paper's is 1e-3")
         if self.norm == "group" and self.filters % self.norm_groups:
-            raise ValueError(f"norm_groups ({self.norm_groups}) must divide filters ({self.filters}); use 8")
+            fix = max(groups for groups in range(1, self.norm_groups) if self.filters % groups == 0)
+            raise ValueError(f"norm_groups ({self.norm_groups}) must divide filters ({self.filters}); use {fix}")
 
 
 @dataclass(frozen=True)

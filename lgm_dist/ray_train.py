@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def fit(config: Config) -> Path:
         if config.workers:
             _fit_with_ray(job, config)
         else:
+            torch.set_num_threads(job.threads)
             train_fn(job, Worker(device=_device(config)))
     plots.curves(run)
     plots.episode(run, banks["val"])
@@ -199,19 +201,19 @@ def _device(config: Config) -> str:
 
 
 def _threads(config: Config) -> int:
-    """torch threads of a worker: its CPUs."""
-    return config.cpus_per_worker or max((os.cpu_count() or 1) // max(config.workers, 1), 1)
+    """torch threads of a worker: its CPUs; in this process, what the caller or OMP_NUM_THREADS has set."""
+    if config.cpus_per_worker:
+        return config.cpus_per_worker
+    return max((os.cpu_count() or 1) // config.workers, 1) if config.workers else torch.get_num_threads()
 
 
 def _fit_with_ray(job: Job, config: Config) -> None:
-    for name, value in RAY_ENVIRONMENT.items() if "RAY_ADDRESS" not in os.environ else ():
-        os.environ.setdefault(name, value)  # before Ray is imported, which reads some of them then
+    started = _connect(config, job)
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = _device(config) == "cuda"
-    started = _start_ray(config, job)
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config=dataclasses.asdict(job),
@@ -237,21 +239,29 @@ def _fit_with_ray(job: Job, config: Config) -> None:
             ray.shutdown()
 
 
-def _start_ray(config: Config, job: Job) -> bool:
-    """Joins the cluster of RAY_ADDRESS, else starts a local Ray unless this process has one. True if there is one to end."""
+def _connect(config: Config, job: Job) -> bool:
+    """Joins the cluster of RAY_ADDRESS, else starts a local Ray unless this process has one. True if it is ours to end."""
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return False
+    if "RAY_ADDRESS" not in os.environ:
+        start_local_ray(max(os.cpu_count() or 1, config.workers * job.threads))
+    else:
+        import ray
+
+        ray.init()
+    return True
+
+
+def start_local_ray(cpus: int) -> None:
+    """Starts a Ray of this process, on this machine, listening on loopback only."""
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # before Ray is imported, which reads some of them then
     import ray
 
-    if ray.is_initialized():
-        return False
-    if "RAY_ADDRESS" in os.environ:
-        ray.init()
-        return True
-    cpus = max(os.cpu_count() or 1, config.workers * job.threads)
-    # With its dashboard, bound to loopback: Ray Train's cleaner asks it for the controller's state every second.
+    # With its dashboard, on loopback too: Ray Train's cleaner asks it for the controller's state every second.
     ray.init(
         "local", num_cpus=cpus, object_store_memory=200 * 2**20, include_dashboard=True, logging_level=logging.ERROR
     )
-    return True
 
 
 def _ray_worker(values: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from lgm_dist.cli import status_of, table
 from lgm_dist.config import SPLITS
 from lgm_dist.data.source import DataSource
 
@@ -61,21 +62,24 @@ def _prepare(source: DataSource, out: Path) -> None:
     start = time.perf_counter()
     manifest = read_manifest(str(write_shards(source, out)))
     seconds = time.perf_counter() - start
-    print(f"{'split':<8}{'classes':>8}{'images':>8}{'shards':>8}")
-    for split in SPLITS:
-        entry = manifest.splits[split]
-        print(f"{split:<8}{len(entry.classes):>8}{entry.images:>8}{len(entry.shards):>8}")
+    entries = [(split, manifest.splits[split]) for split in SPLITS]
+    rows = [(split, str(len(e.classes)), f"{e.images:,}", str(len(e.shards))) for split, e in entries]
     height, width, _ = manifest.shape
-    print(f"images    {width}x{height}, mean {_numbers(manifest.mean)}, std {_numbers(manifest.std)} (train, 0 to 255)")
-    print(f"manifest  {manifest.location}  ({seconds:.1f} s)")
+    sys.stdout.write(
+        table(("split", "classes", "images", "shards"), rows)
+        + f"images    {width} x {height}, mean {_numbers(manifest.mean)}, std {_numbers(manifest.std)} (train, 0 to 255)\n"
+        + f"manifest  {manifest.location}  ({seconds:.1f} s)\n"
+    )
 
 
 def _numbers(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:.2f}" for value in values)
 
 
+def main(argv: list[str]) -> None:
+    """Runs the subcommand."""
+    app.cli(description=__doc__, prog="prepare.py", args=argv)
+
+
 if __name__ == "__main__":
-    try:
-        app.cli(description=__doc__)
-    except (ValueError, OSError) as fault:
-        sys.exit(f"prepare: {fault}")
+    sys.exit(status_of(main))

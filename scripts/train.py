@@ -27,6 +27,9 @@ class Flags(Config):
     preset: str = "paper"
     """Starting point that the other flags override: paper (the authors' settings) or demo (glyphs, 3 minutes on 2 cores)."""
 
+    def __post_init__(self) -> None:
+        """Nothing yet: Config checks the values outside of tyro, which would wrap the sentence in a box."""
+
 
 def main(argv: list[str]) -> None:
     """Parses, trains, prints the test accuracy and where everything lies."""

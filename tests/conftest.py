@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lgm_dist.config import SPLITS
+from lgm_dist.config import SPLITS, Config, ModelConfig
 from lgm_dist.data.shards import write_shards
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 
@@ -49,8 +52,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Banks of the tests go into a folder of their own; W&B stays off the network."""
-    import os
-
+    """Banks of the tests go into a folder of their own; W&B stays off the network; one thread, here and in children, since
+    two only wait for each other where the machine is busy."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["LGM_DIST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["WANDB_MODE"] = "disabled"
+
+
+@pytest.fixture(scope="session")
+def small(tiny: Path) -> Config:
+    """A run on `tiny` with a network so small that a step takes a few milliseconds; 3 ways, 2 shots."""
+    length = Config(epochs=1, steps_per_epoch=12, eval_every=4, eval_episodes=6, test_episodes=6)
+    episodes = replace(length, ways=3, shot=2, query=2, eval_query=3, meta_batch=4)
+    return replace(episodes, data=str(tiny), lr=1e-2, workers=0, model=ModelConfig(filters=8, noise_size=4))

@@ -78,7 +78,10 @@ def test_glyphs_need_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    if done.value.code:
+        raise done.value
 
 
 def test_the_script_prepares_a_folder_and_prints_what_it_did(
@@ -90,9 +93,9 @@ def test_the_script_prepares_a_folder_and_prints_what_it_did(
     out = tmp_path / "out"
     script(monkeypatch, "folder", "--source", str(tmp_path / "in"), "--out", str(out), "--name", "zoo", "--size", "12")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["train", "1", "3", "1"]
-    assert lines[4].startswith("images    12x12, mean ")
-    assert f"{out}/zoo.json" in lines[5]
+    assert lines[2].split("|")[1:-1] == [" train ", " 1       ", " 3      ", " 1      "]
+    assert lines[5].startswith("images    12 x 12, mean ")
+    assert f"{out}/zoo.json" in lines[6]
     assert json.loads((out / "zoo.json").read_bytes())["shape"] == [12, 12, 3]
 
 
@@ -100,7 +103,7 @@ def test_the_script_prepares_fc100(
     tmp_path: Path, parquet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script(monkeypatch, "fc100", "--source", parquet, "--out", str(tmp_path))
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:4]] == [
+    assert [line.replace("|", " ").split() for line in capsys.readouterr().out.splitlines()[2:5]] == [
         ["train", "60", "180", "1"],
         ["val", "20", "60", "1"],
         ["test", "20", "60", "1"],
@@ -111,7 +114,7 @@ def test_a_user_error_is_one_sentence_and_status_1(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "fc100", "--source", str(tmp_path / "none"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"prepare: source {tmp_path}/none holds no CIFAR-100")
+    assert done.stderr.startswith(f"prepare.py: source {tmp_path}/none holds no CIFAR-100")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 

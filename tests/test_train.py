@@ -1,0 +1,191 @@
+"""The main job: `fit` in this process and under Ray Train, resumed, refused; two equal runs give equal bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lgm_dist.config import Config
+from lgm_dist.ray_train import fit, read_result
+from lgm_dist.tracking import read_metrics
+
+ROOT = Path(__file__).parents[1]
+TIMES = {"seconds", "speed/episodes_per_s"}
+
+
+def config(tiny: Path, storage: Path, **changes: Any) -> Config:
+    """12 steps of 4 episodes, evaluated every 4; a second or two."""
+    small = {"ways": 3, "query": 2, "epochs": 1, "steps_per_epoch": 12, "meta_batch": 4, "eval_every": 4, "workers": 0}
+    counts = {"eval_episodes": 10, "test_episodes": 20, "eval_query": 3}
+    places = {"data": str(tiny), "storage": str(storage), "name": "run"}
+    return Config.from_dict(small | counts | places | changes)
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what a clock says."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(run)]
+
+
+def digests(run: Path) -> dict[str, str]:
+    """sha256 of the tensors of each checkpoint."""
+    return {p.parent.name: json.loads(p.read_text())["sha256"] for p in run.glob("checkpoints/step-*/state.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(config(tiny, tmp_path_factory.mktemp("finished")))
+
+
+def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
+    assert Config.from_dict(json.loads((finished / "config.json").read_text())).ways == 3
+    rows = read_metrics(finished)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows if "val/accuracy" in row] == [4, 8, 12]
+    keys = {"train/loss", "train/accuracy", "optim/lr", "optim/grad_norm", "speed/episodes_per_s", "seconds", "step"}
+    assert all(keys <= row.keys() for row in rows)
+    result = read_result(finished)
+    assert result["train/episodes"] == 48
+    assert result["test/episodes"] == 20
+    best = max((row for row in rows if "val/accuracy" in row), key=lambda row: row["val/accuracy"])
+    assert (result["step"], result["val/accuracy"]) == (best["step"], best["val/accuracy"])
+    assert 100e6 < result["memory/peak_bytes"] < 8e9
+    for name in ("curves.png", "episode.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_runs_with_one_seed_give_equal_bits_and_another_seed_does_not(
+    finished: Path, tiny: Path, tmp_path: Path
+) -> None:
+    again = fit(config(tiny, tmp_path))
+    assert history(again) == history(finished)
+    assert digests(again) == digests(finished)
+    other = fit(config(tiny, tmp_path / "other", seed=1))
+    assert history(other)[0]["train/loss"] != history(finished)[0]["train/loss"]
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(finished: Path, tiny: Path, tmp_path: Path) -> None:
+    first = fit(config(tiny, tmp_path, steps_per_epoch=4, epochs=1))
+    assert len(read_metrics(first)) == 4
+    resumed = fit(config(tiny, tmp_path, steps_per_epoch=4, epochs=3))
+    assert history(resumed) == history(finished)
+    assert digests(resumed) == digests(finished)
+
+
+def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_bits(tiny: Path, tmp_path: Path) -> None:
+    flags = {
+        "ways": 3,
+        "query": 2,
+        "epochs": 1,
+        "steps-per-epoch": 200,
+        "meta-batch": 4,
+        "eval-every": 20,
+        "workers": 0,
+    }
+    flags |= {"eval-episodes": 10, "test-episodes": 20, "eval-query": 3, "data": tiny, "name": "run"}
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    whole = subprocess.run([*command, f"--storage={tmp_path / 'whole'}"], capture_output=True, text=True, check=True)
+    assert "| run" in whole.stdout
+    assert "curves.png" in whole.stdout
+
+    command.append(f"--storage={tmp_path / 'killed'}")
+    killed = tmp_path / "killed" / "run"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(read_metrics(killed)) < 30:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
+    subprocess.run(command, capture_output=True, check=True)
+    assert history(killed) == history(tmp_path / "whole" / "run")
+    assert digests(killed) == digests(tmp_path / "whole" / "run")
+
+
+def test_a_name_taken_by_another_configuration_is_refused(finished: Path, tiny: Path) -> None:
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"run 'run' was started with lr 0\.001, not 0\.01; give another --name"):
+        fit(config(tiny, finished.parent, lr=0.01))
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_too_many_ways_and_too_few_images_are_refused_before_anything_is_made(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"20 ways need 20 classes, split train of 'tiny' has 6"):
+        fit(config(tiny, tmp_path, ways=20))
+    with pytest.raises(ValueError, match=r"shot \(20\) \+ query \(5\) = 25 images a class.* has 24"):
+        fit(config(tiny, tmp_path, shot=20, query=5))
+    assert not list(tmp_path.iterdir())
+
+
+def test_paper_protocol_trains_with_one_query_and_says_that_it_leaks(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/train.py"), "--protocol=paper", "--workers=0", f"--data={tiny}"]
+    command += [f"--storage={tmp_path}", "--ways=3", "--epochs=1", "--steps-per-epoch=2", "--eval-episodes=5"]
+    done = subprocess.run([*command, "--test-episodes=10"], capture_output=True, text=True, check=True)
+    assert "LEAKS THE LABEL" in done.stdout
+    assert (tmp_path / "tiny-3w1s-paper-seed0" / "result.json").exists()
+
+
+@pytest.fixture(scope="module")
+def ray_head() -> Iterator[None]:
+    """One local Ray for all tests that need one: starting it takes longer than the tests."""
+    import torch
+
+    from lgm_dist.ray_train import start_local_ray
+
+    assert not torch.distributed.is_initialized()
+    start_local_ray(cpus=2)
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_head")
+class TestUnderRay:
+    def test_two_workers_take_the_steps_of_one_and_one_goes_on_where_they_stopped(
+        self, tiny: Path, tmp_path: Path
+    ) -> None:
+        small = config(tiny, tmp_path / "one", lr=1e-6, lr_min=0.0)
+        alone = history(fit(small))
+        shared = replace(small, storage=str(tmp_path / "two"), workers=2, steps_per_epoch=4)
+        run = fit(shared)
+        assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
+        run = fit(replace(shared, workers=1, epochs=3))
+        rows = history(run)
+        assert [row["step"] for row in rows] == list(range(1, 13))
+        for ours, theirs in zip(rows, alone, strict=True):
+            assert abs(ours["train/loss"] - theirs["train/loss"]) <= 1e-5
+            assert ours.keys() == theirs.keys()
+        assert read_result(run)["test/episodes"] == 20
+        assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000012"
+
+    def test_a_killed_worker_is_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
+        import threading
+
+        long = config(tiny, tmp_path, workers=1, steps_per_epoch=400, eval_every=20)
+        run = tmp_path / "run"
+        thread = threading.Thread(target=_kill_worker_after, args=(run, 50))
+        thread.start()
+        fit(long)
+        thread.join()
+        assert [row["step"] for row in read_metrics(run)] == list(range(1, 401))
+        alone = fit(replace(long, storage=str(tmp_path / "alone"), workers=0, cpus_per_worker=2))
+        assert history(run)[0]["train/loss"] == pytest.approx(history(alone)[0]["train/loss"], abs=1e-6)
+
+
+def _kill_worker_after(run: Path, steps: int) -> None:
+    """SIGKILLs the Ray Train worker process once the run has logged `steps` steps."""
+    while len(read_metrics(run)) < steps:
+        time.sleep(0.02)
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        name = entry.read_bytes().split(b"\0")[0]
+        if name.startswith(b"ray::") and b"TrainWorker" in name:
+            os.kill(int(entry.parent.name), signal.SIGKILL)
