@@ -59,6 +59,7 @@ class Job:
 
     config: dict[str, Any]
     manifest: str
+    cache: str
     run: str
     threads: int
 
@@ -74,7 +75,9 @@ def fit(config: Config) -> Path:
     for split, bank in banks.items():
         check_episodes(config, split, bank.name, bank.counts.tolist(), bank.classes)
     run = _claim(config)
-    job = Job(config.to_dict(), _absolute(manifest), str(run), _threads(config))
+    cache = str(Path(config.cache).absolute()) if config.cache else ""
+    manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
+    job = Job(config.to_dict(), manifest, cache, str(run), _threads(config))
     with Progress(run, config):
         if config.workers:
             _fit_with_ray(job, config)
@@ -89,9 +92,9 @@ def fit(config: Config) -> Path:
 def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     """The training of one worker, top to bottom."""
     config, run = Config.from_dict(job.config), Path(job.run)
-    banks = {split: open_bank(job.manifest, split, config.cache) for split in SPLITS}
+    banks = {split: open_bank(job.manifest, split, job.cache) for split in SPLITS}
     model = build_model(config, worker)
-    parallel = DistributedDataParallel(model, forward_sync_buffers=False) if worker.world_size > 1 else model
+    parallel = DistributedDataParallel(model) if worker.world_size > 1 else model
     optimizer = make_optimizer(model, config)
     state = checkpoint.restore(run, model, optimizer)
     tracker = Tracker(run, config, state.step, _facts(job, worker)) if worker.rank == 0 else None
@@ -108,9 +111,7 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
         if done % config.eval_every == 0 or done == config.steps:
             val = evaluate(model, banks["val"], config, "val", config.eval_episodes, worker=worker).score
             metrics |= {"val/accuracy": val.accuracy, "val/ci95": val.ci95}
-        if (
-            tracker
-        ):  # before the checkpoint: a resumed run drops rows that will come again, but cannot make up for a lost one
+        if tracker:  # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
             tracker.log(done, metrics)
         if "val/accuracy" in metrics:
             state, folder = checkpoint.TrainState(done, val.accuracy, val.ci95), None
@@ -185,13 +186,10 @@ def _facts(job: Job, worker: Worker) -> dict[str, Any]:
         "manifest": job.manifest,
         "world_size": worker.world_size,
         "threads": job.threads,
-        "device": torch.cuda.get_device_name() if worker.device.startswith("cuda") else platform.processor(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "device": torch.cuda.get_device_name() if worker.device.startswith("cuda") else "cpu",
         "torch": torch.__version__,
     }
-
-
-def _absolute(manifest: str) -> str:
-    return manifest if "://" in manifest else str(Path(manifest).absolute())
 
 
 def _device(config: Config) -> str:

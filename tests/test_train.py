@@ -100,7 +100,7 @@ def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_bits(tiny: Pa
     command.append(f"--storage={tmp_path / 'killed'}")
     killed = tmp_path / "killed" / "run"
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(read_metrics(killed)) < 30:
+    while process.poll() is None and len(read_metrics(killed)) < 25:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
@@ -170,15 +170,16 @@ class TestUnderRay:
     def test_a_killed_worker_is_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
         import threading
 
-        long = config(tiny, tmp_path, workers=1, steps_per_epoch=400, eval_every=20)
+        long = config(tiny, tmp_path, workers=1, cpus_per_worker=1, steps_per_epoch=60, eval_every=10)
         run = tmp_path / "run"
-        thread = threading.Thread(target=_kill_worker_after, args=(run, 50))
+        thread = threading.Thread(target=_kill_worker_after, args=(run, 25))
         thread.start()
         fit(long)
         thread.join()
-        assert [row["step"] for row in read_metrics(run)] == list(range(1, 401))
-        alone = fit(replace(long, storage=str(tmp_path / "alone"), workers=0, cpus_per_worker=2))
-        assert history(run)[0]["train/loss"] == pytest.approx(history(alone)[0]["train/loss"], abs=1e-6)
+        assert [row["step"] for row in read_metrics(run)] == list(range(1, 61))
+        alone = fit(replace(long, storage=str(tmp_path / "alone"), workers=0))
+        assert history(run) == history(alone)
+        assert digests(run) == digests(alone)
 
 
 def _kill_worker_after(run: Path, steps: int) -> None:

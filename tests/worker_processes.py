@@ -1,0 +1,73 @@
+"""Workers as processes with gloo, as Ray Train starts them but without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from lgm_dist.config import Config
+from lgm_dist.data import open_bank, sample_episodes
+from lgm_dist.engine import Worker, make_optimizer, train_step
+from lgm_dist.ray_train import all_reduce, build_model
+
+_PATIENCE = 120  # seconds until a run of processes counts as hung
+
+
+def run_workers(world_size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """work(worker, *arguments) in `world_size` processes; what it returns (tensors and plain values), by rank.
+
+    One worker works in this process, without a process group, as a run without Ray does.
+    """
+    if world_size == 1:
+        return [work(Worker(), *arguments)]
+    folder.mkdir()
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every worker
+    context.set_forkserver_preload(["torch._dynamo", "lgm_dist.ray_train"])  # the first, since optimizers import it
+    processes = [
+        context.Process(target=_process, args=(rank, world_size, folder, work, arguments)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(_PATIENCE)
+    exits = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert exits == [0] * world_size, f"exit codes {exits} (None: still running after {_PATIENCE} s)"
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=_PATIENCE / 2),
+    )
+    torch.save(work(Worker(rank, world_size, "cpu", all_reduce), *arguments), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def train(worker: Worker, config: Config, dtype: torch.dtype, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    """The steps of lgm_dist.ray_train.train_fn in `dtype`: the meta-batch's loss at each, and the model's state after."""
+    bank = open_bank(config.data, "train", config.cache)
+    model = build_model(config, worker).to(dtype).train()
+    parallel = DistributedDataParallel(model, forward_sync_buffers=False) if worker.world_size > 1 else model
+    optimizer, losses = make_optimizer(model, config), []
+    for step in range(steps):
+        batch = sample_episodes(bank, config, "train", *worker.slice_of(step * config.meta_batch, config.meta_batch))
+        batch = replace(batch, images=batch.images.to(dtype), noise=batch.noise.to(dtype))
+        losses.append(worker.mean(train_step(parallel, optimizer, batch, config, step))[0].item())
+    return losses, {name: value.detach().clone() for name, value in model.state_dict().items()}
