@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from lgm_dist import checkpoint
+from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import sample_episodes, to_pixels
 from lgm_dist.tracking import read_metrics
@@ -24,7 +25,7 @@ QUERIES_SHOWN = 8
 
 
 def curves(run: Path) -> Path:
-    """Draws loss, accuracy on training and val episodes, and learning rate against steps; returns the picture's path."""
+    """Draws loss, accuracy on training and val episodes, and speed against steps; returns the picture's path."""
     rows = read_metrics(run)
     config = checkpoint.load_model(checkpoint.best(run))[1]
     step = np.array([row["step"] for row in rows])
@@ -44,11 +45,12 @@ def curves(run: Path) -> Path:
     )
     middle.axhline(100 / config.ways, color="grey", linestyle=":", label="chance")
     middle.set(xlabel="step", ylabel="accuracy (%)", title=f"{config.ways}-way {config.shot}-shot accuracy")
+    low, high = middle.get_ylim()
+    middle.set_ylim(max(low, -2), min(high, 102))  # the interval of a few episodes can reach beyond 0 or 100 %
     middle.legend(fontsize=8)
     _line(right, step, rows, "speed/episodes_per_s")
-    right.set(xlabel="step", ylabel="episodes/s", title="Speed", ylim=(0, None))
-    note = " (protocol paper: LEAKS the label)" if config.protocol == "paper" else ""
-    figure.suptitle(f"{run.name}{note}", fontsize=11)
+    right.set(xlabel="step", ylabel="episodes/s", title="Speed", ylim=(0, 1.05 * right.get_ylim()[1]))
+    figure.suptitle(f"{run.name}{_leak(config)}", fontsize=11)
     return _save(figure, run / CURVES)
 
 
@@ -58,7 +60,11 @@ def _line(axes: Any, step: npt.NDArray[np.int64], rows: list[dict[str, Any]], ke
     window = max(len(values) // 20, 1)
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
     axes.plot(step, values, color="C0", alpha=0.25, linewidth=0.8)
-    axes.plot(step[window - 1 :], mean, color="C0", label=f"train (mean of {window} steps)")
+    axes.plot(step[window - 1 :], mean, color="C0", label=f"train (mean of {window} steps)" if window > 1 else "train")
+
+
+def _leak(config: Config) -> str:
+    return " (protocol paper: LEAKS the label)" if config.protocol == "paper" else ""
 
 
 def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
@@ -78,7 +84,7 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     figure, axes = plt.subplots(
         config.ways,
         columns,
-        figsize=(1.1 * columns + 1.2, 1.25 * config.ways + 0.6),
+        figsize=(max(1.1 * columns + 1.2, 5.2), 1.25 * config.ways + 0.8),  # wide enough for the title
         squeeze=False,
         layout="constrained",
     )
@@ -93,7 +99,7 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
             _image(axes[way, column], query[t], "" if right else names[guesses[t]], "tab:green" if right else "tab:red")
     accuracy = 100 * float((guesses == labels).mean())
     figure.suptitle(
-        f"{run.name}: episode {index} of {bank.split}, {accuracy:.0f} % of {len(labels)} queries right\n"
+        f"{run.name}{_leak(config)}\nepisode {index} of {bank.split}, {accuracy:.0f} % of {len(labels)} queries right\n"
         f"black: support, green: right, red: taken for the class named above it",
         fontsize=9,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -22,12 +23,18 @@ class Progress:
 
     def __init__(self, run: Path, config: Config) -> None:
         self._path = run / METRICS
-        self._seen = 0
+        self._seen = self._inode = 0
         self._shown: dict[str, str] = {}
         self._stop = threading.Event()
         interval = _POLL_SECONDS if sys.stderr.isatty() else 30.0
+        done = self._new_rows()
         self._bar = tqdm(
-            total=config.steps, desc=config.run_name, unit="step", mininterval=interval, dynamic_ncols=True
+            total=config.steps,
+            initial=done[-1]["step"] if done else 0,  # so that steps of an earlier start do not count as speed
+            desc=config.run_name,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
         )
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -53,18 +60,19 @@ class Progress:
             return
         for row in rows:
             self._shown |= _in_words(row)
-        if self._bar.n == 0 and rows[0]["step"] > 1:
-            self._bar.initial = rows[0]["step"]
+        step = rows[-1]["step"]
+        self._bar.initial = min(self._bar.initial, step)
         self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(rows[-1]["step"] - self._bar.n)
+        self._bar.update(step - self._bar.n)
 
     def _new_rows(self) -> list[dict[str, Any]]:
-        """Whole lines since the last look; from the start again where the file was cut for a resumed run."""
+        """Whole lines since the last look; from the start again where a resumed run has put a shorter file in its place."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
-            if self._path.stat().st_size < self._seen:
-                self._seen = 0
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                self._seen, self._inode = 0, inode
             file.seek(self._seen)
             lines = file.read().split(b"\n")[:-1]
         self._seen += sum(len(line) + 1 for line in lines)

@@ -84,7 +84,7 @@ def _start_wandb(run: Path, config: Config, facts: dict[str, Any]) -> Any:
 
 def wandb_mode(config: Config) -> str:
     """online, offline or disabled: WANDB_MODE, else what the configuration says, where auto asks for an account."""
-    if "WANDB_MODE" in os.environ and config.wandb == "auto":
+    if os.environ.get("WANDB_MODE") and config.wandb == "auto":
         return os.environ["WANDB_MODE"]
     if config.wandb != "auto":
         return config.wandb

@@ -64,7 +64,7 @@ def train(worker: Worker, config: Config, dtype: torch.dtype, steps: int) -> tup
     """The steps of lgm_dist.ray_train.train_fn in `dtype`: the meta-batch's loss at each, and the model's state after."""
     bank = open_bank(config.data, "train", config.cache)
     model = build_model(config, worker).to(dtype).train()
-    parallel = DistributedDataParallel(model, forward_sync_buffers=False) if worker.world_size > 1 else model
+    parallel = DistributedDataParallel(model) if worker.world_size > 1 else model
     optimizer, losses = make_optimizer(model, config), []
     for step in range(steps):
         batch = sample_episodes(bank, config, "train", *worker.slice_of(step * config.meta_batch, config.meta_batch))
