@@ -1,0 +1,188 @@
+"""Config: every mistake is one sentence with field, value and fix; a dictionary of it survives JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from lgm_dist.config import PRESETS, Config, ModelConfig
+
+INF, NAN = float("inf"), float("nan")
+CONFIG_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({name: value}, f"{name} ({value}) must be a whole number of at least 1")
+        for name in ("ways", "shot", "query", "epochs", "steps_per_epoch", "meta_batch", "eval_every", "eval_episodes")
+        for value in (0, -3)
+    ),
+    *(({name: 0}, f"{name} (0) must be a whole number of at least 1") for name in ("test_episodes", "eval_query")),
+    ({"lr_decay_steps": 0}, "lr_decay_steps (0) must be a whole number of at least 1"),
+    ({"epochs": 1.5}, "epochs (1.5) must be a whole number of at least 1"),
+    ({"shot": "1"}, "shot (1) must be a whole number of at least 1"),
+    *(
+        ({name: -1}, f"{name} (-1) must be a whole number of at least 0")
+        for name in ("workers", "cpus_per_worker", "seed", "eval_seed", "max_failures")
+    ),
+    ({"protocol": "theirs"}, "protocol ('theirs') must be one of standard, paper"),
+    ({"noise": "none"}, "noise ('none') must be one of sample, mean"),
+    ({"device": "tpu"}, "device ('tpu') must be one of auto, cpu, cuda"),
+    ({"wandb": "dryrun"}, "wandb ('dryrun') must be one of auto, online, offline, disabled"),
+    ({"ways": 1}, "ways (1) must be at least 2; an episode of one class has nothing to tell apart"),
+    ({"seed": 2**64}, f"seed ({2**64}) and eval_seed (0) must be below 2**64"),
+    ({"eval_seed": 2**64}, f"seed (0) and eval_seed ({2**64}) must be below 2**64"),
+    *(({"lr": value}, f"lr ({value}) must be positive; the paper's is 1e-3") for value in (0, -1e-3, INF, NAN)),
+    *(
+        ({"lr_decay": v}, f"lr_decay ({v}) must be in (0, 1]; 1 keeps the learning rate constant")
+        for v in (0, 1.1, NAN)
+    ),
+    *(({"lr_min": value}, f"lr_min ({value}) must lie between 0 and lr (0.001)") for value in (-1e-9, 0.01, NAN)),
+    *(({"weight_decay": v}, f"weight_decay ({v}) must not be negative; 0 turns it off") for v in (-0.1, NAN)),
+    ({"eval_episodes": 1}, "eval_episodes (1) and test_episodes (2000) must be at least 2; one episode has no"),
+    ({"test_episodes": 1}, "eval_episodes (600) and test_episodes (1) must be at least 2; one episode has no"),
+    ({"data": ""}, "data ('') must name a data set; use fc100, glyphs or the path of a manifest"),
+    ({"name": "a/b"}, "name ('a/b') must be a plain folder name; put folders into storage"),
+    ({"name": ".."}, "name ('..') must be a plain folder name; put folders into storage"),
+]
+MODEL_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({name: 0}, f"{name} (0) must be a whole number of at least 1")
+        for name in ("channels", "filters", "noise_size", "norm_groups")
+    ),
+    ({"norm": "none"}, "norm ('none') must be one of batch, group, instance, layer"),
+    ({"norm_scope": "task"}, "norm_scope ('task') must be one of global, worker, episode"),
+    *(({"norm_decay": v}, f"norm_decay ({v}) must lie between 0 and 1") for v in (-0.1, 1.01, NAN)),
+    *(
+        ({"norm_epsilon": v}, f"norm_epsilon ({v}) must be positive; the paper's is 1e-3")
+        for v in (0.0, -1.0, NAN, INF)
+    ),
+    ({"norm": "group", "norm_groups": 7}, "norm_groups (7) must divide filters (64); use 4"),
+    ({"norm": "group", "filters": 12}, "norm_groups (8) must divide filters (12); use 6"),
+]
+
+
+@pytest.mark.parametrize(("values", "sentence"), CONFIG_MISTAKES)
+def test_a_mistake_is_one_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the sentence is compared below
+        Config(**values)
+    assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("values", "sentence"), MODEL_MISTAKES)
+def test_a_mistake_in_the_model_is_one_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the sentence is compared below
+        ModelConfig(**values)
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("meta_batch", "workers", "fix"), [(10, 4, "8 or 12"), (32, 3, "30 or 33"), (2, 4, "4"), (7, 2, "6 or 8")]
+)
+def test_meta_batch_is_divided_among_workers(meta_batch: int, workers: int, fix: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the sentence is compared below
+        Config(meta_batch=meta_batch, workers=workers)
+    assert str(error.value) == f"meta_batch ({meta_batch}) must be divisible by workers ({workers}); use {fix}"
+    for works in map(int, fix.split(" or ")):
+        assert Config(meta_batch=works, workers=workers).meta_batch == works
+
+
+def test_what_lies_on_the_border_is_accepted() -> None:
+    Config(meta_batch=7, workers=0, seed=2**64 - 1, eval_seed=2**64 - 1, max_failures=0, eval_episodes=2)
+    Config(ways=2, lr_decay=1, lr_min=1e-3, lr=1e-3, test_episodes=2)
+    ModelConfig(norm_decay=0.0)
+    ModelConfig(filters=12, norm_groups=8)  # groups are for norm=group alone
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = Config()
+    assert (config.ways, config.shot, config.query, config.meta_batch, config.epochs) == (5, 1, 1, 32, 120)
+    assert (config.lr, config.lr_decay_steps, config.lr_min) == (1e-3, 1500, 1e-6)
+    assert config.lr_decay == pytest.approx(1 / 1.11111)
+    assert (config.protocol, config.noise, config.weight_decay) == ("standard", "sample", 0)
+    model = config.model
+    assert (model.channels, model.filters, model.noise_size) == (3, 64, 32)
+    assert (model.norm, model.norm_scope, model.norm_decay, model.norm_epsilon) == ("batch", "global", 0.99, 1e-3)
+    assert model.weight_norm
+
+
+def test_steps() -> None:
+    assert Config().steps == 120_000
+    assert Config(epochs=3, steps_per_epoch=7).steps == 21
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({}, "fc100-5w1s-standard-seed0"),
+        ({"ways": 20, "shot": 5, "protocol": "paper", "seed": 3}, "fc100-20w5s-paper-seed3"),
+        ({"data": "/some/folder/birds.json"}, "birds-5w1s-standard-seed0"),
+        ({"data": "http://host/path/birds.json"}, "birds-5w1s-standard-seed0"),
+        ({"name": "mine", "data": "glyphs"}, "mine"),
+    ],
+)
+def test_run_name(values: dict[str, Any], name: str) -> None:
+    assert Config(**values).run_name == name
+
+
+def test_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().ways = 3  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig().norm = "group"  # type: ignore[misc]
+
+
+def other(value: Any, name: str) -> Any:
+    """A valid value of the same type that is not the default."""
+    chosen = {
+        "protocol": "paper",
+        "noise": "mean",
+        "device": "cpu",
+        "wandb": "disabled",
+        "meta_batch": 33,
+        "workers": 3,
+    }
+    chosen |= {"norm": "group", "norm_scope": "episode", "norm_groups": 5, "filters": 65, "lr_decay": 0.5, "lr": 0.01}
+    if name in chosen:
+        return chosen[name]
+    if isinstance(value, bool):
+        return not value
+    return value / 2 + 1e-7 if isinstance(value, float) else value + 1 if isinstance(value, int) else f"{value}x"
+
+
+def test_every_field_survives_json() -> None:
+    fields = {f.name: other(getattr(ModelConfig(), f.name), f.name) for f in dataclasses.fields(ModelConfig)}
+    model = ModelConfig(**fields)
+    values = {f.name: other(getattr(Config(), f.name), f.name) for f in dataclasses.fields(Config) if f.name != "model"}
+    config = Config(**values, model=model)
+    for a, b in ((config, Config()), (model, ModelConfig())):
+        assert all(getattr(a, f.name) != getattr(b, f.name) for f in dataclasses.fields(a))
+    text = json.dumps(config.to_dict(), allow_nan=False)
+    assert json.loads(text) == values | {"model": fields}
+    assert Config.from_dict(json.loads(text)) == config
+
+
+def test_from_dict_takes_part_of_the_fields_and_leaves_the_dictionary_alone() -> None:
+    values = {"ways": 7, "model": {"filters": 16}}
+    assert Config.from_dict(values) == Config(ways=7, model=ModelConfig(filters=16))
+    assert values == {"ways": 7, "model": {"filters": 16}}
+    assert Config.from_dict({}) == Config()
+
+
+def test_an_unknown_key_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"^way is no field of Config; the fields are ways, shot, .*model$"):
+        Config.from_dict({"way": 5})
+    with pytest.raises(ValueError, match=r"^filter is no field of ModelConfig; the fields are channels, filters, "):
+        Config.from_dict({"model": {"filter": 5}})
+    with pytest.raises(ValueError, match=r"^ways \(1\) must be at least 2"):
+        Config.from_dict({"ways": 1})
+
+
+def test_presets() -> None:
+    assert PRESETS.keys() == {"paper", "demo"}
+    assert PRESETS["paper"] == Config()
+    demo = PRESETS["demo"]
+    assert (demo.data, demo.run_name) == ("glyphs", "demo")
+    assert demo.steps * demo.meta_batch <= 2000, "the demo ends within minutes"
+    assert demo.steps % demo.eval_every == 0

@@ -1,0 +1,113 @@
+"""What imports what: torch with its torchvision, the layers of the design, and what runs with torch and numpy alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = {
+    "config": 0,
+    **dict.fromkeys(("data", "model", "cli"), 1),
+    "engine": 2,
+    **dict.fromkeys(("checkpoint", "tracking"), 3),
+    **dict.fromkeys(("plots", "progress"), 4),
+    "ray_train": 5,
+    **dict.fromkeys(("scripts", "tune"), 6),
+}
+"""DESIGN's direction: a part imports from itself and from lower layers, so data, model and cli know config alone."""
+OWNERS = {
+    "ray": ("ray_train",),
+    "wandb": ("tracking",),
+    "webdataset": ("data/shards",),
+    "tyro": (),
+    "torchvision": ("data/fc100",),
+}
+"""The modules of the package that may import a library; scripts may import any."""
+FILES = [path for folder in ("lgm_dist", "scripts", "tune") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_torch_and_torchvision_fit_together() -> None:
+    """A torchvision built for another torch fails to import, or lacks its compiled operators."""
+    import torch
+    import torchvision
+
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30]])  # IoU of the first two: 81 / 100
+    assert torchvision.ops.nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist() == [1, 2]
+    assert torchvision.ops.nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.9).tolist() == [1, 0, 2]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports anywhere in it; `from lgm_dist import x` counts as lgm_dist.x."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import, which this test does not follow"
+            module = node.module or ""
+            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "lgm_dist" else (module,)
+
+
+def part_of(path: Path) -> str:
+    """lgm_dist/data/bank.py -> data, lgm_dist/engine.py -> engine, scripts/train.py -> scripts."""
+    top, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return rest[0] if top == "lgm_dist" else top
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    own = part_of(path)
+    if own == "__init__":
+        assert not list(imported(path)), "the package's own __init__ would put its imports on everyone"
+        return
+    assert own in LAYERS, f"give {own} a layer"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "lgm_dist":
+            assert parts[1] == own or LAYERS[parts[1]] < LAYERS[own], f"{own} imports {name}"
+        else:
+            assert parts[0] not in ("scripts", "tune") or own == parts[0], f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "lgm_dist" in p.relative_to(ROOT).parts], ids=lambda p: p.name)
+def test_libraries_have_one_owner(path: Path) -> None:
+    module = path.relative_to(ROOT / "lgm_dist").with_suffix("").as_posix()
+    used = {name.split(".")[0] for name in imported(path)}
+    assert [library for library in used & OWNERS.keys() if module not in OWNERS[library]] == []
+    outside = used - set(sys.stdlib_module_names) - {"lgm_dist"}
+    allowed = {"config": set(), "tracking": {"wandb"}, "cli": set(), "engine": {"torch", "numpy"}}
+    if part_of(path) == "model":
+        assert outside <= {"torch", "numpy"}
+    elif module in allowed:
+        assert outside <= allowed[module]
+
+
+def test_every_owner_imports_its_library() -> None:
+    """Else the rules above watch over nothing."""
+    for library, modules in OWNERS.items():
+        for module in modules:
+            names = imported(ROOT / "lgm_dist" / f"{module}.py")
+            assert library in {name.split(".")[0] for name in names}, (library, module)
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_network_and_its_benchmark_need_torch_and_numpy_alone() -> None:
+    blocked = ("ray", "wandb", "webdataset", "pyarrow", "matplotlib", "tyro", "tqdm", "PIL", "torchvision")
+    modules = "lgm_dist.model, lgm_dist.data.bank, lgm_dist.data.episodes, lgm_dist.engine"
+    # One by one, in processes of their own, would tell no more: an import that fails is named in the error.
+    done = python(f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {modules}")
+    assert done.returncode == 0, done.stderr
+    assert python("import sys\nsys.modules['webdataset'] = None\nimport lgm_dist.data.shards").returncode == 1
+
+
+def test_config_and_command_line_helpers_load_no_library() -> None:
+    code = "import sys, lgm_dist.config, lgm_dist.cli\nprint(*{'torch', 'numpy', 'ray', 'tyro'} & sys.modules.keys())"
+    assert python(code).stdout == "\n"
