@@ -226,6 +226,16 @@ def _known_keys(cls: type[Any], values: dict[str, Any]) -> None:
 
 PRESETS: dict[str, Config] = {
     "paper": Config(),
-    "demo": Config(data="glyphs", query=5, epochs=1, steps_per_epoch=200, eval_every=50, meta_batch=8, name="demo"),
+    "demo": Config(
+        data="glyphs",
+        query=3,
+        epochs=1,
+        steps_per_epoch=300,
+        meta_batch=8,
+        eval_every=100,
+        lr_decay_steps=30,
+        name="demo",
+        model=ModelConfig(norm_decay=0.95),
+    ),
 }
 """Named starting points of `scripts/train.py --preset`; single flags override them."""

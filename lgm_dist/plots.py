@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+import torch
 
 matplotlib.use("Agg")
 
@@ -67,6 +68,7 @@ def _leak(config: Config) -> str:
     return " (protocol paper: LEAKS the label)" if config.protocol == "paper" else ""
 
 
+@torch.no_grad()
 def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     """Draws episode `index` of the bank's split as the best checkpoint sees it; returns the picture's path.
 
@@ -100,7 +102,7 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     accuracy = 100 * float((guesses == labels).mean())
     figure.suptitle(
         f"{run.name}{_leak(config)}\nepisode {index} of {bank.split}, {accuracy:.0f} % of {len(labels)} queries right\n"
-        f"black: support, green: right, red: taken for the class named above it",
+        f"black: support; of the queries {QUERIES_SHOWN} a class at most, green: right, red: taken for the class above it",
         fontsize=9,
     )
     return _save(figure, run / EPISODE)

@@ -149,8 +149,8 @@ def _claim(config: Config) -> Path:
     path, ours = run / "config.json", config.to_dict()
     if path.exists():
         theirs = json.loads(path.read_text())
-        for name in ours.keys() - MAY_CHANGE:
-            if theirs.get(name) != ours[name]:
+        for name in ours:
+            if name not in MAY_CHANGE and theirs.get(name) != ours[name]:
                 raise ValueError(
                     f"run {config.run_name!r} was started with {name} {theirs.get(name)!r}, not {ours[name]!r}; "
                     f"give another --name, or delete {run}"
