@@ -18,6 +18,8 @@ import pytest
 from lgm_dist.cli import RunFailed, leak_note, status_of, table
 from lgm_dist.config import PRESETS, Config, ModelConfig
 
+DEMO_MODEL = replace(PRESETS["demo"].model, filters=16)
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -82,7 +84,7 @@ def test_the_seeds_lines(
         ("--preset=demo", PRESETS["demo"]),
         ("--preset demo -w 8 --epochs 3", replace(PRESETS["demo"], ways=8, epochs=3)),
         ("-w 8 --epochs 3 --preset demo", replace(PRESETS["demo"], ways=8, epochs=3)),
-        ("--preset demo --model.filters 16", replace(PRESETS["demo"], model=ModelConfig(filters=16))),
+        ("--preset demo --model.filters 16", replace(PRESETS["demo"], model=DEMO_MODEL)),
     ],
 )
 def test_flags(parse: Callable[[str], Config], line: str, expected: Config) -> None:
@@ -171,7 +173,7 @@ def test_help_explains_every_option_with_its_default_and_needs_no_torch() -> Non
 def test_help_of_a_preset_shows_its_defaults() -> None:
     text = " ".join(run("--preset", "demo", "--help")[1].replace("│", " ").split())
     assert re.search(r"--data STR .*?\(default: glyphs\)", text)
-    assert re.search(r"--steps-per-epoch INT .*?\(default: 200\)", text)
+    assert re.search(rf"--steps-per-epoch INT .*?\(default: {PRESETS['demo'].steps_per_epoch}\)", text)
 
 
 def test_mistakes_are_told_before_torch_is_loaded() -> None:
