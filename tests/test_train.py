@@ -82,21 +82,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(finished: Pat
 
 
 def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_bits(tiny: Path, tmp_path: Path) -> None:
-    flags = {
-        "ways": 3,
-        "query": 2,
-        "epochs": 1,
-        "steps-per-epoch": 200,
-        "meta-batch": 4,
-        "eval-every": 20,
-        "workers": 0,
-    }
-    flags |= {"eval-episodes": 10, "test-episodes": 20, "eval-query": 3, "data": tiny, "name": "run"}
+    whole = fit(config(tiny, tmp_path / "whole", steps_per_epoch=80, eval_every=20))
+    flags = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 80, "meta-batch": 4, "eval-every": 20}
+    flags |= {"workers": 0, "eval-episodes": 10, "test-episodes": 20, "eval-query": 3, "data": tiny, "name": "run"}
     command = [sys.executable, str(ROOT / "scripts/train.py"), *(f"--{k}={v}" for k, v in flags.items())]
-    whole = subprocess.run([*command, f"--storage={tmp_path / 'whole'}"], capture_output=True, text=True, check=True)
-    assert "| run" in whole.stdout
-    assert "curves.png" in whole.stdout
-
     command.append(f"--storage={tmp_path / 'killed'}")
     killed = tmp_path / "killed" / "run"
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -104,9 +93,11 @@ def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_bits(tiny: Pa
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
-    subprocess.run(command, capture_output=True, check=True)
-    assert history(killed) == history(tmp_path / "whole" / "run")
-    assert digests(killed) == digests(tmp_path / "whole" / "run")
+    resumed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "| run" in resumed.stdout
+    assert str(killed / "curves.png") in resumed.stdout
+    assert history(killed) == history(whole)
+    assert digests(killed) == digests(whole)
 
 
 def test_a_name_taken_by_another_configuration_is_refused(finished: Path, tiny: Path) -> None:
