@@ -88,7 +88,11 @@ class Config:
     eval_episodes: int = 600
     """Episodes of an evaluation on val."""
     test_episodes: int = 2000
-    """Episodes of the evaluation on test at the end, of the checkpoint that was best on val."""
+    """Episodes of the evaluation on test at the end, of the checkpoint that was best on val (0: test is not touched)."""
+    eval_ways: int = 0
+    """Ways of val and test episodes (0: as in training)."""
+    eval_shot: int = 0
+    """Shots of val and test episodes (0: as in training)."""
     eval_query: int = 15
     """Query images of each class in evaluations (protocol paper: always one query an episode)."""
     eval_seed: int = 0
@@ -108,7 +112,9 @@ class Config:
     """Noise of the generated weights in training: drawn, or at its mean."""
 
     workers: int = 1
-    """Ray Train workers; 0 trains in this process, without Ray."""
+    """Ray Train workers; 0 trains in this process, without Ray. On the command line also MIN:MAX, see max_workers."""
+    max_workers: int = 0
+    """Elastic training: as many workers as the cluster has room for, from workers to max_workers (0: always workers)."""
     cpus_per_worker: int = 0
     """CPUs, and so torch threads, of a worker (0: this machine's cores shared out among the workers)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -130,9 +136,11 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("ways", "shot", "query", "epochs", "steps_per_epoch", "meta_batch", "eval_every", "eval_episodes"):
             _positive(self, name)
-        for name in ("test_episodes", "eval_query", "lr_decay_steps"):
+        for name in ("eval_query", "lr_decay_steps"):
             _positive(self, name)
-        for name in ("workers", "cpus_per_worker", "seed", "eval_seed", "max_failures"):
+        for name in ("workers", "max_workers", "cpus_per_worker", "seed", "eval_seed", "max_failures"):
+            _not_negative(self, name)
+        for name in ("test_episodes", "eval_ways", "eval_shot"):
             _not_negative(self, name)
         _choice(self, "protocol", get_args(Protocol))
         _choice(self, "noise", ("sample", "mean"))
@@ -142,6 +150,8 @@ class Config:
             raise ValueError(
                 f"ways ({self.ways}) must be at least 2; an episode of one class has nothing to tell apart"
             )
+        if self.eval_ways == 1:
+            raise ValueError("eval_ways (1) must be at least 2, or 0 for the ways of training")
         if self.seed >= 2**64 or self.eval_seed >= 2**64:
             raise ValueError(f"seed ({self.seed}) and eval_seed ({self.eval_seed}) must be below 2**64")
         if not 0 < self.lr < float("inf"):
@@ -152,12 +162,17 @@ class Config:
             raise ValueError(f"lr_min ({self.lr_min}) must lie between 0 and lr ({self.lr})")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay ({self.weight_decay}) must not be negative; 0 turns it off")
-        if self.eval_episodes < 2 or self.test_episodes < 2:
+        if self.eval_episodes < 2 or self.test_episodes == 1:
             raise ValueError(
                 f"eval_episodes ({self.eval_episodes}) and test_episodes ({self.test_episodes}) must be at least 2; "
-                "one episode has no confidence interval"
+                "one episode has no confidence interval (test_episodes 0 leaves test alone)"
             )
-        if self.workers and self.meta_batch % self.workers:
+        if self.max_workers and not 0 < self.workers <= self.max_workers <= self.meta_batch:
+            raise ValueError(
+                f"max_workers ({self.max_workers}) must lie between workers ({self.workers}), itself at least 1, and "
+                f"meta_batch ({self.meta_batch}); give --workers MIN:MAX"
+            )
+        if self.workers and not self.max_workers and self.meta_batch % self.workers:
             below = self.meta_batch // self.workers * self.workers
             fix = " or ".join(str(m) for m in (below, below + self.workers) if m)
             raise ValueError(f"meta_batch ({self.meta_batch}) must be divisible by workers ({self.workers}); use {fix}")
@@ -170,6 +185,11 @@ class Config:
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.epochs * self.steps_per_epoch
+
+    @property
+    def evaluation(self) -> Config:
+        """The configuration of val and test episodes: eval_ways and eval_shot as its ways and shot."""
+        return dataclasses.replace(self, ways=self.eval_ways or self.ways, shot=self.eval_shot or self.shot)
 
     @property
     def run_name(self) -> str:
@@ -185,11 +205,13 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The inverse of `to_dict`. Raises ValueError for a key that is no field."""
+        """The inverse of `to_dict`. Raises ValueError for a key that is no field or a value of another type."""
         values = dict(values)
         model = values.pop("model", {})
-        _known_keys(cls, values)
-        _known_keys(ModelConfig, model)
+        if not isinstance(model, dict):
+            raise ValueError(f"model ({model!r}) must be a dictionary of the network's settings")
+        _check_keys(cls, values)
+        _check_keys(ModelConfig, model)
         return cls(**values, model=ModelConfig(**model))
 
 
@@ -217,11 +239,15 @@ def _choice(config: object, name: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
 
 
-def _known_keys(cls: type[Any], values: dict[str, Any]) -> None:
+def _check_keys(cls: type[Any], values: dict[str, Any]) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise ValueError(f"{unknown[0]} is no field of {cls.__name__}; the fields are {', '.join(names)}")
+    for name, value in values.items():
+        expected = type(getattr(cls(), name))
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            raise ValueError(f"{name} ({value!r}) must be of type {expected.__name__}")
 
 
 PRESETS: dict[str, Config] = {

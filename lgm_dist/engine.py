@@ -69,32 +69,41 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
-    """Sets the learning rate, and the epsilon that makes torch's Adam TensorFlow's.
+    """Sets the learning rate, the weight decay, and the epsilon that makes torch's Adam TensorFlow's.
 
-    TensorFlow adds epsilon to the square root of the second moment before its bias is corrected, torch after it.
+    TensorFlow adds epsilon to the square root of the second moment before its bias is corrected, torch after it. A
+    checkpoint taken over from another trial brings that trial's weight decay along.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
+        group["weight_decay"] = config.weight_decay
         group["eps"] = EPSILON / (1 - BETAS[1] ** (step + 1)) ** 0.5
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: EpisodeBatch, config: Config, step: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: EpisodeBatch,
+    config: Config,
+    step: int,
+    weight: float = 1.0,
 ) -> Tensor:
     """One optimizer step on this worker's slice of the meta-batch.
 
     `model` is an LGMNet in training mode, or one wrapped for data-parallel training. Returns (3,): the slice's mean loss
-    (-log probability of the label), its accuracy, and the L2 norm of the gradient; no host synchronisation.
+    (-log probability of the label) and its accuracy, both times `weight`, and the L2 norm of the gradient; no host
+    synchronisation. Where slices differ in size, a `weight` of slice * world_size / meta_batch makes the workers' means of
+    loss, accuracy and gradient those of the whole meta-batch.
     """
     set_rates(optimizer, config, step)
     noise = batch.noise if config.noise == "sample" else None
     log_p = model(batch.support, batch.query, config.ways, noise)  # (B, T, N)
-    loss = F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
+    loss = weight * F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # ()
     optimizer.step()
-    accuracy = (log_p.argmax(-1) == batch.labels).float().mean()  # ()
+    accuracy = weight * (log_p.argmax(-1) == batch.labels).float().mean()  # ()
     return torch.stack([loss.detach(), accuracy, grad_norm])  # (3,)
 
 
@@ -154,21 +163,38 @@ def evaluate(
     get the same result. Leaves the model's mode as it was.
     """
     worker = worker or Worker()
-    draws = (1 if config.protocol == "paper" else 0) if draws is None else draws
+    draws = own_draws(config) if draws is None else draws
     methods = METHODS[min(draws, 2)]
     hits = torch.zeros(len(methods), episodes, dtype=torch.float64, device=worker.device)
-    embed = _embed_each_image_once if config.protocol == "standard" else _embed_episodes
     was_training = model.training
-    model.eval()
-    for first, features, context, labels in embed(model, bank, config, split, episodes, worker):
-        noise = draw_noise(config, split, first, len(labels), draws).to(worker.device) if draws else [None]
-        support = config.ways * config.shot
-        log_p = torch.stack([model.classify(features, context, support, config.ways, n) for n in noise])  # (M, B, T, N)
+    for first, log_p, labels in answers(model.eval(), bank, config, split, episodes, draws, worker):
         hits[:, first : first + len(labels)] = _hits(log_p, labels, draws)
     model.train(was_training)
     accuracies = dict(zip(methods, worker.sum(hits).cpu().numpy(), strict=True))
     scores = {method: Score.of(values) for method, values in accuracies.items()}
     return Evaluation(split, config.protocol, config.ways, config.shot, episodes, draws, scores, accuracies)
+
+
+def own_draws(config: Config) -> int:
+    """The noise draws with which the protocol evaluates: 0 (the noise's mean) under standard, 1 under paper."""
+    return 1 if config.protocol == "paper" else 0
+
+
+@torch.no_grad()
+def answers(
+    model: LGMNet, bank: ImageBank, config: Config, split: Split, episodes: int, draws: int, worker: Worker
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """What `model`, in evaluation mode, answers in this worker's slice of episodes 0 … `episodes` - 1 of `split`.
+
+    Yields, for consecutive episodes, the first one's number, log-probabilities (M, B, T, N) of the M = max(draws, 1) noise
+    draws, and the labels (B, T).
+    """
+    embed = _embed_each_image_once if config.protocol == "standard" else _embed_episodes
+    support = config.ways * config.shot
+    for first, features, context, labels in embed(model, bank, config, split, episodes, worker):
+        noise = draw_noise(config, split, first, len(labels), draws).to(worker.device) if draws else [None]
+        log_p = [model.classify(features, context, support, config.ways, n) for n in noise]
+        yield first, torch.stack(log_p), labels
 
 
 def _hits(log_p: Tensor, labels: Tensor, draws: int) -> Tensor:
@@ -192,7 +218,7 @@ def _embed_each_image_once(
     everything = draw_rows(bank, config, split, 0, episodes)
     rows = np.concatenate([everything.support, everything.query], axis=1)  # (E, S + T)
     unique, positions = np.unique(rows, return_inverse=True)  # (n,), (E, S + T)
-    features, contexts = _embed_shared(model, bank, config, unique, worker)  # (n, F, h, w), (n, 2Z)
+    features, contexts = embed_images(model, bank, config, unique, worker)  # (n, F, h, w), (n, 2Z)
     labels, where = torch.from_numpy(everything.labels), torch.from_numpy(positions.reshape(rows.shape))
     for first, last in _pieces(worker.slice_of(0, episodes), rows.shape[1]):
         index = where[first:last].to(worker.device)  # (B, S + T)
@@ -200,10 +226,14 @@ def _embed_each_image_once(
         yield first, features[index], context, labels[first:last].to(worker.device)
 
 
-def _embed_shared(
+@torch.no_grad()
+def embed_images(
     model: LGMNet, bank: ImageBank, config: Config, rows: npt.NDArray[np.int64], worker: Worker
 ) -> tuple[Tensor, Tensor]:
-    """Feature maps (n, F, h, w) and contexts (n, 2Z) of the bank's rows (n,), the work shared out among the workers."""
+    """Feature maps (n, F, h, w) and contexts (n, 2Z) of the bank's rows (n,), the work shared out among the workers.
+
+    Wants `model` in evaluation mode; images are not augmented.
+    """
     f, c = model.embed(load_images(bank, config, rows[:1]).to(worker.device))  # only for their shapes
     features, contexts = f.new_zeros(len(rows), *f.shape[1:]), c.new_zeros(len(rows), c.shape[1])
     for i, j in _pieces(worker.slice_of(0, len(rows)), 1):

@@ -1,7 +1,9 @@
-"""The pictures in a run's folder: curves of the training and a contact sheet of one episode with predictions."""
+"""The pictures in a run's folder: curves of the training, a contact sheet of one episode with predictions, and those of
+its analysis: confusion and accuracy of the classes, and generated weights."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,18 @@ import torch
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.patches import Patch
 
 from lgm_dist import checkpoint
+from lgm_dist.analysis import read_analysis
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import sample_episodes, to_pixels
-from lgm_dist.tracking import read_metrics
+from lgm_dist.job import read_config
+from lgm_dist.metrics import read_metrics
 
-CURVES, EPISODE = "curves.png", "episode.png"
+CURVES, EPISODE, CONFUSION, WEIGHTS = "curves.png", "episode.png", "confusion.png", "weights.png"
 QUERIES_SHOWN = 8
 """Query images of a class on the contact sheet."""
 
@@ -28,7 +34,7 @@ QUERIES_SHOWN = 8
 def curves(run: Path) -> Path:
     """Draws loss, accuracy on training and val episodes, and speed against steps; returns the picture's path."""
     rows = read_metrics(run)
-    config = checkpoint.load_model(checkpoint.best(run))[1]
+    config = read_config(run)
     step = np.array([row["step"] for row in rows])
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     _line(left, step, rows, "train/loss")
@@ -44,14 +50,14 @@ def curves(run: Path) -> Path:
         capsize=3,
         label=f"val ({config.eval_episodes} episodes, 95 % interval)",
     )
-    middle.axhline(100 / config.ways, color="grey", linestyle=":", label="chance")
-    middle.set(xlabel="step", ylabel="accuracy (%)", title=f"{config.ways}-way {config.shot}-shot accuracy")
+    _chance(middle, config)
+    middle.set(xlabel="step", ylabel="accuracy (%)", title=_episodes(config))
     low, high = middle.get_ylim()
     middle.set_ylim(max(low, -2), min(high, 102))  # the interval of a few episodes can reach beyond 0 or 100 %
     middle.legend(fontsize=8)
     _line(right, step, rows, "speed/episodes_per_s")
     right.set(xlabel="step", ylabel="episodes/s", title="Speed", ylim=(0, 1.05 * right.get_ylim()[1]))
-    figure.suptitle(f"{run.name}{_leak(config)}", fontsize=11)
+    figure.suptitle(f"{run.name}{_leak(config.protocol)}", fontsize=11)
     return _save(figure, run / CURVES)
 
 
@@ -64,8 +70,22 @@ def _line(axes: Any, step: npt.NDArray[np.int64], rows: list[dict[str, Any]], ke
     axes.plot(step[window - 1 :], mean, color="C0", label=f"train (mean of {window} steps)" if window > 1 else "train")
 
 
-def _leak(config: Config) -> str:
-    return " (protocol paper: LEAKS the label)" if config.protocol == "paper" else ""
+def _chance(axes: Any, config: Config) -> None:
+    val = config.evaluation.ways
+    if val == config.ways:
+        axes.axhline(100 / val, color="grey", linestyle=":", label="chance")
+    else:
+        axes.axhline(100 / config.ways, color="C0", linestyle=":", label="chance, train")
+        axes.axhline(100 / val, color="C1", linestyle=":", label="chance, val")
+
+
+def _episodes(config: Config) -> str:
+    train, val = (f"{c.ways}-way {c.shot}-shot" for c in (config, config.evaluation))
+    return f"{train} accuracy" if train == val else f"Accuracy, train {train}, val {val}"
+
+
+def _leak(protocol: str) -> str:
+    return " (protocol paper: LEAKS the label)" if protocol == "paper" else ""
 
 
 @torch.no_grad()
@@ -76,6 +96,7 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     was taken for it where not.
     """
     model, config, _ = checkpoint.load_model(checkpoint.best(run))
+    config = config.evaluation
     batch = sample_episodes(bank, config, bank.split, index, 1)
     noise = batch.noise if config.protocol == "paper" else None
     guesses = model(batch.support, batch.query, config.ways, noise)[0].argmax(-1).numpy()  # (T,)
@@ -101,7 +122,8 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
             _image(axes[way, column], query[t], "" if right else names[guesses[t]], "tab:green" if right else "tab:red")
     accuracy = 100 * float((guesses == labels).mean())
     figure.suptitle(
-        f"{run.name}{_leak(config)}\nepisode {index} of {bank.split}, {accuracy:.0f} % of {len(labels)} queries right\n"
+        f"{run.name}{_leak(config.protocol)}\n"
+        f"episode {index} of {bank.split}, {accuracy:.0f} % of {len(labels)} queries right\n"
         f"black: support; of the queries {QUERIES_SHOWN} a class at most, green: right, red: taken for the class above it",
         fontsize=9,
     )
@@ -115,6 +137,104 @@ def _image(axes: Any, pixels: npt.NDArray[np.float32], title: str, colour: str) 
     axes.set_title(title, fontsize=7, color=colour, pad=2)
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=2)
+
+
+def confusion(run: Path) -> Path:
+    """Draws which classes are taken for which, and the accuracy of each, from analysis.json; returns the picture's path.
+
+    A cell's rate is over the queries of its row's class in episodes that held its column's class too, so that chance is
+    the same in all cells; grey where the two never met. Classes are ordered by group.
+    """
+    found = read_analysis(run)
+    order = sorted(range(len(found["classes"])), key=lambda c: found["groups"].index(found["groups"][c]))
+    names, groups = ([found[key][c] for c in order] for key in ("classes", "groups"))
+    taken, met = (np.array(found[key])[np.ix_(order, order)] for key in ("confusion", "met"))
+    side = min(max(0.24 * len(order), 3.5), 16)  # inches
+    size = min(max(60 * side / len(order), 2), 9)  # of the letters
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(2 * side + 2, side + 2.2), layout="constrained", width_ratios=(1.15, 1)
+    )
+    _rates(left, figure, 100 * np.ma.masked_array(taken, met == 0) / np.maximum(met, 1), 100 * found["chance"])
+    _bars(right, [found["per_class"][c] for c in order], groups, found)
+    left.set_xticks(range(len(order)), names, rotation=90, fontsize=size)
+    for axes in (left, right):
+        axes.set_yticks(range(len(order)), names, fontsize=size)
+        for edge in (i - 0.5 for i in range(1, len(order)) if groups[i] != groups[i - 1]):
+            axes.axhline(edge, color="black", linewidth=0.8)
+            if axes is left:
+                axes.axvline(edge, color="black", linewidth=0.8)
+    figure.suptitle(
+        f"{run.name}{_leak(found['protocol'])}\n{found['ways']}-way {found['shot']}-shot on {found['split']}: "
+        f"{100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f} % of queries right ({found['episodes']:,} episodes)",
+        fontsize=11,
+    )
+    return _save(figure, run / CONFUSION)
+
+
+def _rates(axes: Any, figure: Any, rates: Any, chance: float) -> None:
+    """A heat map of percentages (C, C), white at chance."""
+    image = axes.imshow(rates, cmap="RdBu_r", norm=TwoSlopeNorm(chance, 0, max(rates.max(), chance + 1)))
+    axes.set_facecolor("grey")
+    axes.set(xlabel="taken for", ylabel="class of the query")
+    axes.set_title("Taken for, where both were in the episode; white: chance", fontsize=10)
+    figure.colorbar(image, ax=axes, label="% of the class's queries", shrink=0.8)
+
+
+def _bars(axes: Any, classes: list[dict[str, Any]], groups: list[str], found: dict[str, Any]) -> None:
+    """Accuracy of each class with its interval, a colour a group."""
+    accuracy, ci95 = ([100 * (entry[key] or 0) for entry in classes] for key in ("accuracy", "ci95"))
+    named = list(dict.fromkeys(groups))
+    colours = [f"C{named.index(group) % 10}" for group in groups]
+    axes.barh(range(len(classes)), accuracy, xerr=ci95, color=colours, ecolor="black", error_kw={"linewidth": 0.8})
+    chance = axes.axvline(100 * found["chance"], color="black", linestyle=":", label="chance")
+    patches = [Patch(color=f"C{i % 10}", label=group) for i, group in enumerate(named) if group]
+    axes.legend(handles=[chance, *patches], fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
+    axes.set(xlabel="accuracy (%), 95 % interval over episodes", ylim=(len(classes) - 0.5, -0.5), xlim=(0, None))
+    axes.set_title("Accuracy of each class", fontsize=10)
+
+
+def weights(run: Path) -> Path:
+    """Draws the generated weights, an embedding coloured by task and histograms, from analysis.json; returns its path."""
+    found = read_analysis(run)
+    figure = plt.figure(figsize=(13, 6), layout="constrained")
+    figure.suptitle(f"{run.name}{_leak(found['protocol'])}: generated weights", fontsize=11)
+    if found["weights"] is None:
+        figure.text(0.5, 0.5, "the generated weights are not finite: the training has diverged", ha="center")
+        return _save(figure, run / WEIGHTS)
+    axes = figure.subplot_mosaic([["xy", "layer1"], ["xy", "layer2"]], width_ratios=(1.5, 1))
+    _embedding(axes["xy"], found["weights"])
+    for layer, histogram in found["weights"]["histogram"].items():
+        edges = histogram["edges"]
+        axes[layer].stairs(histogram["counts"], edges, fill=True, alpha=0.4, label="noise at its mean")
+        axes[layer].stairs(histogram["drawn"], edges, color="C1", label="noise drawn")
+        axes[layer].set(yscale="log", ylabel="count", xlabel="weight")
+        axes[layer].set_title(f"Kernels of generated {layer[:5]} {layer[5:]}", fontsize=10)
+        axes[layer].legend(fontsize=7)
+    return _save(figure, run / WEIGHTS)
+
+
+def _embedding(axes: Any, found: dict[str, Any]) -> None:
+    """A point a support set, a colour a set of classes."""
+    xy, task, noise = (np.array(found[key]) for key in ("xy", "task_of", "noise"))
+    for number, names in enumerate(found["tasks"]):
+        mean, drawn = (xy[(task == number) & (noise == kind)] for kind in ("mean", "drawn"))
+        axes.scatter(*mean.T, s=28, color=f"C{number}", label=textwrap.shorten(", ".join(names), 52, placeholder=" …"))
+        axes.scatter(*drawn.T, s=28, facecolors="none", edgecolors=f"C{number}", linewidths=0.7)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(
+        f"t-SNE; a colour a set of classes, {found['supports']} support sets of each\n"
+        f"filled: noise at its mean, hollow: drawn; weights vary by {100 * found['variation']:.1f} % of their norm\n"
+        f"silhouette by classes: {_silhouette(found)}",
+        fontsize=9,
+    )
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.01), ncols=2, frameon=False)
+
+
+def _silhouette(found: dict[str, Any]) -> str:
+    if found["silhouette"] is None:
+        return "too few sets of classes, or support sets of each"
+    at = "{silhouette:.2f} (drawn {silhouette_drawn:.2f}), with classes shuffled {shuffled_mean:.2f}"
+    return (at + ", at most {shuffled_highest:.2f}").format(**found)
 
 
 def _save(figure: Any, path: Path) -> Path:

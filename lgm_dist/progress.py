@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import threading
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lgm_dist.config import Config
-from lgm_dist.tracking import METRICS
+from lgm_dist.metrics import Tail
 
 _POLL_SECONDS = 0.5
 
@@ -22,12 +20,11 @@ class Progress:
     """While open, shows steps, loss, accuracy, episodes/s, last val accuracy and the time left, on standard error."""
 
     def __init__(self, run: Path, config: Config) -> None:
-        self._path = run / METRICS
-        self._seen = self._inode = 0
+        self._tail = Tail(run)
         self._shown: dict[str, str] = {}
         self._stop = threading.Event()
         interval = _POLL_SECONDS if sys.stderr.isatty() else 30.0
-        done = self._new_rows()
+        done = self._tail.rows()
         self._bar = tqdm(
             total=config.steps,
             initial=done[-1]["step"] if done else 0,  # so that steps of an earlier start do not count as speed
@@ -55,7 +52,7 @@ class Progress:
         self._update()
 
     def _update(self) -> None:
-        rows = self._new_rows()
+        rows = self._tail.rows()
         if not rows:
             return
         for row in rows:
@@ -64,19 +61,6 @@ class Progress:
         self._bar.initial = min(self._bar.initial, step)
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(step - self._bar.n)
-
-    def _new_rows(self) -> list[dict[str, Any]]:
-        """Whole lines since the last look; from the start again where a resumed run has put a shorter file in its place."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:
-                self._seen, self._inode = 0, inode
-            file.seek(self._seen)
-            lines = file.read().split(b"\n")[:-1]
-        self._seen += sum(len(line) + 1 for line in lines)
-        return [json.loads(line) for line in lines]
 
 
 def _in_words(row: dict[str, Any]) -> dict[str, str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
-import platform
 import resource
+import signal
+import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,21 +23,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lgm_dist import checkpoint, plots
+from lgm_dist.analysis import analyse
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import SPLITS, Config
-from lgm_dist.data import check_episodes, open_bank, sample_episodes
-from lgm_dist.data.prepare import ensure_manifest
-from lgm_dist.engine import Evaluation, Worker, evaluate, make_optimizer, train_step
+from lgm_dist.data import open_bank, sample_episodes
+from lgm_dist.engine import Worker, evaluate, make_optimizer, train_step
+from lgm_dist.job import RESULT, Job, device_of, make_job, write_facts, write_result
+from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
 from lgm_dist.progress import Progress
-from lgm_dist.tracking import Tracker, read_metrics
+from lgm_dist.tracking import Mirror
 
-RESULT = "result.json"
-MAY_CHANGE = {
-    *("epochs", "workers", "cpus_per_worker", "device", "max_failures"),
-    *("data_root", "source", "cache", "name", "storage", "wandb"),
-}
-"""Fields with which a run may be resumed differently from how it was started."""
+STOP = "stop"
+"""A file of this name in a run's folder asks its workers to end after their step, with a checkpoint."""
 
 RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every socket of a local Ray on 127.0.0.1
@@ -49,44 +50,49 @@ RAY_ENVIRONMENT = {
 }
 """For a Ray that `fit` starts itself on this machine; a cluster's own settings are left alone."""
 
-Report = Callable[[dict[str, float], Path | None], None]
-"""Tells Ray Train of an evaluation and, on rank 0, of the checkpoint folder."""
+Report = Callable[[int, dict[str, float], Path | None], None]
+"""Hears of an evaluation after so many steps and, on rank 0, of its checkpoint's folder."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker is sent: the configuration and absolute places. All plain values."""
+def fit(config: Config, group: str = "") -> Path:
+    """Trains as configured, resuming the run if its folder exists, and returns that folder; `group` is W&B's.
 
-    config: dict[str, Any]
-    manifest: str
-    cache: str
-    run: str
-    threads: int
-
-
-def fit(config: Config) -> Path:
-    """Trains as configured, resuming the run if its folder exists, and returns that folder.
-
-    It then holds config.json, metrics.jsonl, checkpoints/, result.json (test accuracy of the checkpoint that was best on
-    val), curves.png and episode.png. Raises ValueError for what a user can mend, before Ray starts.
+    It then holds config.json, facts.json, metrics.jsonl, checkpoints/, result.json (test accuracy of the checkpoint that was
+    best on val), analysis.json and pictures. Raises ValueError for what a user can mend, before Ray starts, and RunFailed
+    where the workers kept dying or SIGTERM or Ctrl-C has ended the run after a checkpoint.
     """
-    manifest = ensure_manifest(config.data, config.data_root, config.source)
-    banks = {split: open_bank(manifest, split, config.cache) for split in SPLITS}
-    for split, bank in banks.items():
-        check_episodes(config, split, bank.name, bank.counts.tolist(), bank.classes)
-    run = _claim(config)
-    cache = str(Path(config.cache).absolute()) if config.cache else ""
-    manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
-    job = Job(config.to_dict(), manifest, cache, str(run), _threads(config))
-    with Progress(run, config):
-        if config.workers:
-            _fit_with_ray(job, config)
-        else:
-            torch.set_num_threads(job.threads)
-            train_fn(job, Worker(device=_device(config)))
-    plots.curves(run)
-    plots.episode(run, banks["val"])
+    job = make_job(config)
+    run = Path(job.run)
+    with Progress(run, config), Mirror(run, config, group):
+        train(job)
+        if not (run / RESULT).exists():
+            state = checkpoint.load_model(checkpoint.newest(run))[2]
+            raise RunFailed(f"stopped with a checkpoint of step {state.step}; the same command goes on from it")
+        picture(job)
     return run
+
+
+def train(job: Job, report: Report | None = None) -> None:
+    """Trains to the end in this process, or in Ray Train workers; only in this process does `report` hear of evaluations."""
+    config = Config.from_dict(job.config)
+    for name in (STOP, RESULT):  # of an earlier start, which may have had fewer epochs to do
+        (Path(job.run) / name).unlink(missing_ok=True)
+    if config.workers:
+        _train_with_ray(job, config)
+    else:
+        torch.set_num_threads(job.threads)
+        with _stop_on_signals(Path(job.run)):
+            train_fn(job, Worker(device=device_of(config)), report)
+
+
+def picture(job: Job) -> None:
+    """Analyses the best checkpoint of a finished run and draws its pictures."""
+    run, bank = Path(job.run), open_bank(job.manifest, "val", job.cache)
+    analyse(run, bank)
+    plots.curves(run)
+    plots.episode(run, bank)
+    plots.confusion(run)
+    plots.weights(run)
 
 
 def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
@@ -97,34 +103,45 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     parallel = DistributedDataParallel(model) if worker.world_size > 1 else model
     optimizer = make_optimizer(model, config)
     state = checkpoint.restore(run, model, optimizer)
-    tracker = Tracker(run, config, state.step, _facts(job, worker)) if worker.rank == 0 else None
+    log = MetricsLog(run, state.step) if worker.rank == 0 else None
+    if log:
+        write_facts(job, worker)
 
     for step in range(state.step, config.steps):
         start = time.monotonic()
         first, count = worker.slice_of(step * config.meta_batch, config.meta_batch)
         batch = sample_episodes(banks["train"], config, "train", first, count).to(worker.device)
-        loss, accuracy, grad_norm = worker.mean(train_step(parallel.train(), optimizer, batch, config, step)).tolist()
+        weight = count * worker.world_size / config.meta_batch  # 1 unless elastic workers have slices of unequal size
+        figures = train_step(parallel.train(), optimizer, batch, config, step, weight)
+        asked = torch.tensor([float(worker.rank == 0 and (run / STOP).exists())], device=worker.device)
+        loss, accuracy, grad_norm, stop = worker.mean(torch.cat([figures, asked])).tolist()
         metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
         metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
         metrics["speed/episodes_per_s"] = config.meta_batch / (time.monotonic() - start)
-        done = step + 1
+        metrics["memory/peak_bytes"] = peak_memory(worker)
+        done, val = step + 1, None
         if done % config.eval_every == 0 or done == config.steps:
-            val = evaluate(model, banks["val"], config, "val", config.eval_episodes, worker=worker).score
-            metrics |= {"val/accuracy": val.accuracy, "val/ci95": val.ci95}
-        if tracker:  # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
-            tracker.log(done, metrics)
-        if "val/accuracy" in metrics:
-            state, folder = checkpoint.TrainState(done, val.accuracy, val.ci95), None
+            val = evaluate(model, banks["val"], config.evaluation, "val", config.eval_episodes, worker=worker)
+            metrics |= {"val/accuracy": val.score.accuracy, "val/ci95": val.score.ci95}
+        if log:  # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
+            log.write(done, metrics)
+        if val or stop:
+            folder = None
             if worker.rank == 0:
-                folder = checkpoint.save(run, state, model, optimizer, config)
+                folder = checkpoint.save(run, checkpoint.TrainState.after(done, val), model, optimizer, config, val)
             if report:
-                report(metrics, folder)
+                report(done, metrics, folder)
+        if stop and done < config.steps:
+            return
 
-    model.load_state_dict(checkpoint.load_model(checkpoint.best(run))[0].state_dict())
-    test = evaluate(model, banks["test"], config, "test", config.test_episodes, worker=worker)
-    memory = worker.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    if tracker:
-        tracker.close(_write_result(run, config, test, memory))
+    test = None
+    if config.test_episodes:
+        model.load_state_dict(checkpoint.load_model(checkpoint.best(run))[0].state_dict())
+        test = evaluate(model, banks["test"], config.evaluation, "test", config.test_episodes, worker=worker)
+    memory = worker.gather(peak_memory(worker))
+    if log:
+        log.close()
+        write_result(run, config, test, memory)
 
 
 def build_model(config: Config, worker: Worker) -> LGMNet:
@@ -136,87 +153,45 @@ def build_model(config: Config, worker: Worker) -> LGMNet:
     return model.to(worker.device)
 
 
-def read_result(run: Path) -> dict[str, Any]:
-    """The result.json of a finished run."""
-    result: dict[str, Any] = json.loads((run / RESULT).read_text())
-    return result
+def peak_memory(worker: Worker) -> float:
+    """Most bytes that this process has had in memory so far: on the GPU where it trains on one."""
+    if worker.device.startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _claim(config: Config) -> Path:
-    """The run's folder, made or taken up again. Refuses one that was started with another configuration."""
-    run = Path(config.storage).absolute() / config.run_name
-    run.mkdir(parents=True, exist_ok=True)
-    path, ours = run / "config.json", config.to_dict()
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        for name in ours:
-            if name not in MAY_CHANGE and theirs.get(name) != ours[name]:
-                raise ValueError(
-                    f"run {config.run_name!r} was started with {name} {theirs.get(name)!r}, not {ours[name]!r}; "
-                    f"give another --name, or delete {run}"
-                )
-    path.write_text(json.dumps(ours, indent=1) + "\n")
-    return run
+@contextmanager
+def _stop_on_signals(run: Path) -> Iterator[None]:
+    """SIGTERM (`ray job stop`) and the first Ctrl-C end the run after its step with a checkpoint; a second Ctrl-C, at once."""
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and (run / STOP).exists():
+            raise KeyboardInterrupt
+        (run / STOP).touch()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _write_result(run: Path, config: Config, test: Evaluation, memory: list[float]) -> dict[str, float]:
-    chosen = checkpoint.load_model(checkpoint.best(run))[2]
-    result = {
-        "protocol": config.protocol,
-        "ways": config.ways,
-        "shot": config.shot,
-        "test/accuracy": test.score.accuracy,
-        "test/ci95": test.score.ci95,
-        "test/episodes": test.episodes,
-        "val/accuracy": chosen.val_accuracy,
-        "val/ci95": chosen.val_ci95,
-        "step": chosen.step,
-        "train/steps": config.steps,
-        "train/episodes": config.steps * config.meta_batch,
-        "train/seconds": max(row["seconds"] for row in read_metrics(run)),
-        "memory/peak_bytes": max(memory),
-    }
-    (run / RESULT).write_text(json.dumps(result, indent=1) + "\n")
-    return {name: value for name, value in result.items() if isinstance(value, float)}
-
-
-def _facts(job: Job, worker: Worker) -> dict[str, Any]:
-    """What W&B shows beside the configuration."""
-    return {
-        "manifest": job.manifest,
-        "world_size": worker.world_size,
-        "threads": job.threads,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "device": torch.cuda.get_device_name() if worker.device.startswith("cuda") else "cpu",
-        "torch": torch.__version__,
-    }
-
-
-def _device(config: Config) -> str:
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device
-
-
-def _threads(config: Config) -> int:
-    """torch threads of a worker: its CPUs; in this process, what the caller or OMP_NUM_THREADS has set."""
-    if config.cpus_per_worker:
-        return config.cpus_per_worker
-    return max((os.cpu_count() or 1) // config.workers, 1) if config.workers else torch.get_num_threads()
-
-
-def _fit_with_ray(job: Job, config: Config) -> None:
-    started = _connect(config, job)
+def _train_with_ray(job: Job, config: Config) -> None:
+    started = connect(max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads))
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpu = _device(config) == "cuda"
+    gpu = device_of(config) == "cuda"
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config=dataclasses.asdict(job),
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(config.workers, config.max_workers) if config.max_workers else config.workers,  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker={"CPU": job.threads, **({"GPU": 1} if gpu else {})},
         ),
@@ -228,37 +203,70 @@ def _fit_with_ray(job: Job, config: Config) -> None:
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
     try:
-        trainer.fit()
+        with _stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
+            pool.submit(trainer.fit).result()
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error)) from error
     finally:
+        pool.shutdown(wait=False)
         if started:
             ray.shutdown()
 
 
-def _connect(config: Config, job: Job) -> bool:
-    """Joins the cluster of RAY_ADDRESS, else starts a local Ray unless this process has one. True if it is ours to end."""
+def connect(cpus: int, log_to_driver: bool = True) -> bool:
+    """Joins the cluster of RAY_ADDRESS, else starts a local Ray with `cpus` unless this process has one.
+
+    True if it is ours to end. Raises ValueError where nothing listens at RAY_ADDRESS.
+    """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return False
-    if "RAY_ADDRESS" not in os.environ:
-        start_local_ray(max(os.cpu_count() or 1, config.workers * job.threads))
-    else:
-        import ray
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        start_local_ray(cpus, log_to_driver)
+        return True
+    _check_address(address)
+    import ray
 
-        ray.init()
+    ray.init(address, logging_level=logging.ERROR, log_to_driver=log_to_driver)
     return True
 
 
-def start_local_ray(cpus: int) -> None:
+def _check_address(address: str) -> None:
+    """Ray itself tries for half a minute and then prints pages."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # auto, or a name that Ray knows
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"RAY_ADDRESS ({address}): no Ray cluster answers there ({error}); start one with `ray start --head`, or "
+            "unset RAY_ADDRESS to train on this machine"
+        ) from None
+
+
+def prepare_for_ray() -> None:
+    """Sets the environment of a local Ray; before Ray is imported, which reads some of it then."""
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+
+
+def start_local_ray(cpus: int, log_to_driver: bool = True) -> None:
     """Starts a Ray of this process, on this machine, listening on loopback only."""
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)  # before Ray is imported, which reads some of them then
+    prepare_for_ray()
     import ray
 
     # With its dashboard, on loopback too: Ray Train's cleaner asks it for the controller's state every second.
     ray.init(
-        "local", num_cpus=cpus, object_store_memory=200 * 2**20, include_dashboard=True, logging_level=logging.ERROR
+        "local",
+        num_cpus=cpus,
+        object_store_memory=200 * 2**20,
+        include_dashboard=True,
+        logging_level=logging.ERROR,
+        log_to_driver=log_to_driver,
     )
 
 
@@ -280,7 +288,7 @@ def all_reduce(x: Tensor) -> None:
     torch.distributed.all_reduce(x)
 
 
-def _report(metrics: dict[str, float], folder: Path | None) -> None:
+def _report(_: int, metrics: dict[str, float], folder: Path | None) -> None:
     import ray.train
 
     ray.train.report(

@@ -1,85 +1,207 @@
-"""What a run leaves behind as it goes: metrics.jsonl, the record, and the same on Weights & Biases (the only wandb import).
+"""Weights & Biases, mirrored from a run's folder by a process that is none of its workers. Imports wandb, as panels does.
 
-A row of metrics.jsonl is one JSON object: `step` (optimizer steps done) and metrics with W&B's keys, such as `train/loss`.
+metrics.jsonl is the record and W&B a copy of it. Whoever starts a run (`fit`, a sweep's driver, scripts/wandb_replay.py)
+follows its files and sends each row once, whatever dies: what W&B has lost with the process that sent it is sent again by
+the next one, which first asks what is there. Nothing that goes wrong with W&B ends a training.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
-import time
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from lgm_dist.analysis import ANALYSIS
+from lgm_dist.checkpoint import best
+from lgm_dist.cli import leak_note
 from lgm_dist.config import Config
+from lgm_dist.job import FACTS, RESULT, read_result
+from lgm_dist.metrics import Tail, read_metrics
+from lgm_dist.panels import (
+    DONE,
+    UPLOAD_SECONDS,
+    data_artifact,
+    evaluation,
+    model_artifact,
+    panels,
+    read_json,
+    summary,
+    use,
+    wait,
+)
+from lgm_dist.sweeps import SWEEP, TRIAL
 
-METRICS = "metrics.jsonl"
+POLL_SECONDS = 1.0
 
 
-class Tracker:
-    """Writes rows to the run's metrics.jsonl and to W&B. Continues after `step`: rows that will come again are dropped."""
+class Mirror:
+    """While open, sends a run's rows and facts to its one W&B run as they come; when left, all else that the folder holds.
 
-    def __init__(self, run: Path, config: Config, step: int, facts: dict[str, Any]) -> None:
-        self._path = run / METRICS
-        _drop_rows_after(self._path, step)
-        self._file = self._path.open("a", buffering=1)
-        self._seconds = float(max((row.get("seconds", 0.0) for row in read_metrics(run)), default=0.0))
-        self._start = time.monotonic()
-        self._wandb = _start_wandb(run, config, facts)
+    Left by an exception, the W&B run is marked as failed; the next Mirror of the same folder goes on with it.
+    """
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: metrics after `step` optimizer steps."""
-        row = {"step": step, **metrics, "seconds": round(self._seconds + time.monotonic() - self._start, 3)}
-        self._file.write(json.dumps(row) + "\n")
+    def __init__(self, run: Path, config: Config, group: str = "", job_type: str = "train") -> None:
+        self.logged = 0
+        """Rows sent by this object."""
+        self.failure = ""
+        """Why W&B does not hold everything, in one sentence."""
+        self._run, self._config, self._group, self._job_type = run, config, group, job_type
+        self._mode = wandb_mode(config)
+        self._wandb: Any = None
+        self._held: set[int] = set()  # steps of the rows that W&B holds
+        self._done = self._last = 0  # its DONE, and the row that was logged last
+        self._facts: dict[str, Any] = {}
+        self._tail = Tail(run)
+        self._stop = threading.Event()
+        self._lock = contextlib.ExitStack()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Mirror:
+        if self._mode != "disabled":
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mode == "disabled":
+            return
+        self._stop.set()
+        self._thread.join()
+        with self._lock:
+            self._guard(lambda: self._close(failed=error is not None))
+
+    def _follow(self) -> None:
+        self._guard(self._begin)
+        while not self._stop.wait(POLL_SECONDS):
+            self._guard(lambda: self._send(self._tail.rows()))
+
+    def _begin(self) -> None:
+        wandb_id = _wandb_id(self._run)
+        self._lock.enter_context(_locked(self._run))
+        if self._mode == "offline":
+            self._held, self._done = _held(self._run, wandb_id)
+
+    def _send(self, rows: list[dict[str, Any]]) -> None:
+        """Logs the rows that W&B does not hold; rows come again where a worker went back to a checkpoint."""
+        if any(row["step"] not in self._held for row in rows):
+            self._open()
+        for row in rows:
+            if row["step"] not in self._held:
+                self._wandb.log(row, step=row["step"])  # kept back until the next: the panels join the last one
+                self._last = row["step"]
+                self._held.add(self._last)
+                self.logged += 1
+        self._send_facts()
+
+    def _open(self) -> None:
+        """Starts the W&B run or takes it up again; online, W&B says what it holds."""
+        if self._wandb is None:
+            self._facts = read_json(self._run / FACTS)
+            config = self._config.to_dict() | self._facts
+            self._wandb = _init(self._run, self._config, config, self._group, self._job_type, resume="allow")
+            self._held.update(range(self._wandb.starting_step))
+            self._done = self._done or int(self._wandb.summary.get(DONE) or 0)
+
+    def _send_facts(self) -> None:
+        """Rank 0 writes them anew at each start of the workers."""
+        facts = read_json(self._run / FACTS)
+        if self._wandb is not None and facts != self._facts:
+            self._wandb.config.update(facts, allow_val_change=True)
+            self._facts = facts
+
+    def _close(self, failed: bool) -> None:
+        rows = read_metrics(self._run)
+        self._send(rows)
+        if not failed and (self._run / RESULT).exists():
+            self._send_end(read_result(self._run))
         if self._wandb is not None:
-            self._wandb.log({"step": step, **metrics}, step=step)
+            self._wandb.finish(exit_code=int(failed))
+            self._check({row["step"] for row in rows})
 
-    def close(self, summary: dict[str, float]) -> None:
-        """The run is over; `summary` holds its final figures."""
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.summary.update(summary)
-            self._wandb.finish()
+    def _check(self, steps: set[int]) -> None:
+        """Offline, W&B does not say what it could not write; online, `finish` does."""
+        if self._mode == "offline":
+            lost = steps - _held(self._run, self._wandb.id)[0]
+            if lost:
+                raise RuntimeError(f"{len(lost)} of {len(steps)} rows are not in its files; is the disk full?")
+
+    def _send_end(self, result: dict[str, Any]) -> None:
+        """Panels with the last row, the data set and the checkpoint, and the result, unless an earlier start has sent them."""
+        if self._mode == "offline" and self._done == result[DONE]:
+            return
+        self._open()
+        if self._done == result[DONE]:
+            return
+        analysis = read_json(self._run / ANALYSIS)
+        if self._last:
+            self._wandb.log(panels(self._run, analysis), step=self._last)
+        else:  # the last row is W&B's already and takes nothing more
+            self._wandb.summary.update(panels(self._run, analysis, charts=False))
+        if self._facts:
+            use(self._wandb, data_artifact(self._facts))
+        if (self._run / "checkpoints").exists():
+            model = model_artifact(self._wandb.id, self._config, best(self._run), result)
+            wait(self._wandb, self._wandb.log_artifact(model, aliases=["best"]))
+        self._wandb.summary.update(summary(result))
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Does `work`; where W&B fails, says so once and leaves it at that."""
+        if self.failure:
+            return
+        try:
+            work()
+        except Exception as error:  # of a dozen kinds, and none may end a training
+            self.failure = _sentence(error)
+            sys.stderr.write(
+                f"W&B does not hold all of {self._run} ({self.failure}); metrics.jsonl does, and "
+                f"`python scripts/wandb_replay.py {self._run}` sends the rest\n"
+            )
+            with contextlib.suppress(Exception):
+                self._wandb.finish(exit_code=1)
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl; a last line that a killed process left half-written is not one."""
+def replay(run: Path, config: Config) -> tuple[int, int] | None:
+    """Sends to W&B what it does not hold of a run; how many rows were sent and how many were there.
+
+    None where W&B failed, which standard error says. Raises ValueError for a damaged metrics.jsonl.
+    """
+    rows = read_metrics(run)
+    mirror = Mirror(run, config, *place(run))
+    with mirror:
+        pass
+    return None if mirror.failure else (mirror.logged, len(rows) - mirror.logged)
+
+
+def place(run: Path) -> tuple[str, str]:
+    """Group and job type of a run on W&B: its sweep's name and trial; its grid's, if any, and train."""
+    if not (run / TRIAL).exists():
+        above = run.absolute().parent
+        return above.name if (above / "table.json").exists() else "", "train"
+    return str(read_json(run.absolute().parents[1] / SWEEP).get("name", "")), "trial"
+
+
+def log_evaluation(config: Config, checkpoint: Path, data: str, results: list[dict[str, Any]]) -> None:
+    """A W&B run of its own, of job type evaluate, for a grid of evaluations of a run's checkpoint; config.wandb says where.
+
+    `results` are those of scripts/evaluate.py's JSON, `data` the data set's name. A failure of W&B is one sentence on
+    standard error.
+    """
+    if wandb_mode(config) == "disabled":
+        return
     try:
-        lines = (run / METRICS).read_text().split("\n")[:-1]
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
-
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    rows = [row for row in read_metrics(path.parent) if row["step"] <= step]
-    beside = path.with_suffix(".new")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    beside.replace(path)
-
-
-def _start_wandb(run: Path, config: Config, facts: dict[str, Any]) -> Any:
-    mode = wandb_mode(config)
-    if mode == "disabled":
-        return None
-    import wandb
-
-    tracked = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "lgm_dist"),
-        dir=run,
-        id=_wandb_id(run),
-        name=config.run_name,
-        job_type="train",
-        config=config.to_dict() | facts,
-        resume="allow",
-        mode=mode,  # type: ignore[arg-type]
-        settings=wandb.Settings(console="off", silent=True),
-    )
-    tracked.define_metric("step")
-    tracked.define_metric("*", step_metric="step")
-    tracked.define_metric("val/accuracy", step_metric="step", summary="max")
-    return tracked
+        _log_evaluation(checkpoint.absolute().parents[1], config, checkpoint, data, results)
+    except Exception as error:
+        sys.stderr.write(f"W&B does not hold this evaluation ({_sentence(error)}); the JSON file does\n")
 
 
 def wandb_mode(config: Config) -> str:
@@ -94,9 +216,76 @@ def wandb_mode(config: Config) -> str:
     return "online" if os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=host) else "offline"
 
 
+def _log_evaluation(run: Path, config: Config, checkpoint: Path, data: str, results: list[dict[str, Any]]) -> None:
+    group = place(run)[0] or config.run_name
+    values = config.to_dict() | read_json(run / FACTS)
+    tracked = _init(run, config, values, group, "evaluate", id=secrets.token_hex(6))
+    table, cells = evaluation(data, results)
+    tracked.log({"evaluation": table})
+    tracked.summary.update(cells)
+    use(tracked, model_artifact(_wandb_id(run), config, checkpoint, {}))
+    tracked.finish()
+
+
+def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_type: str, **more: Any) -> Any:
+    import wandb
+
+    tracked = wandb.init(
+        **{"id": _wandb_id(run), **more},
+        project=os.environ.get("WANDB_PROJECT", "lgm_dist"),
+        dir=run,
+        name=config.run_name,
+        group=group or None,
+        job_type=job_type,
+        config=values,
+        notes=leak_note(config.protocol) or None,
+        mode=wandb_mode(config),  # type: ignore[arg-type]
+        allow_val_change=True,
+        reinit="create_new",  # a sweep's driver holds several at once
+        settings=wandb.Settings(console="off", silent=True, finish_timeout=UPLOAD_SECONDS, finish_timeout_raises=True),
+    )
+    tracked.define_metric("step")
+    for glob in ("train/*", "val/*", "optim/*", "speed/*", "memory/*", "seconds"):
+        tracked.define_metric(glob, step_metric="step")
+    tracked.define_metric("val/accuracy", step_metric="step", summary="max")
+    return tracked
+
+
 def _wandb_id(run: Path) -> str:
     """The run's W&B id, drawn at its first start: a run that is resumed goes on as the same one."""
     path = run / "wandb-id"
-    if not path.exists():
+    if not path.exists() or not path.read_text().strip():
         path.write_text(secrets.token_hex(6) + "\n")
     return path.read_text().strip()
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Two processes that mirror the same run would send rows twice; ends with the process, however that ends."""
+    with (run / "wandb-id").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError("another process is sending it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _held(run: Path, wandb_id: str) -> tuple[set[int], int]:
+    """The steps in the offline folders of earlier starts, and DONE. A folder of a killed process lacks its tail."""
+    steps: set[int] = set()
+    done = 0
+    for folder in sorted(run.glob(f"wandb/offline-run-*-{wandb_id}")):
+        inspect = [sys.executable, "-P", "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        lines = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.splitlines()
+        for record in map(json.loads, lines):
+            if record["type"] == "history":
+                steps.add(record["history"]["step"]["num"])
+            elif record["type"] == "summary":
+                done = int(record["summary"].get("update", {}).get(DONE, done))
+    return steps, done
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -37,6 +37,8 @@ class Flags:
     """Another data set: a name or a manifest (default: the run's own)."""
     out: str = ""
     """JSON file of the results (default: evaluation-SPLIT.json in the run's folder)."""
+    wandb: Literal["auto", "online", "offline", "disabled"] | None = None
+    """Weights & Biases, where an evaluation is a run of its own; as in training (default: as the run's own)."""
 
 
 def main(argv: list[str]) -> None:
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> None:
     from lgm_dist.data import check_episodes, open_bank
     from lgm_dist.data.prepare import ensure_manifest
     from lgm_dist.engine import evaluate
+    from lgm_dist.tracking import log_evaluation
 
     folder = flags.run if (flags.run / "state.pt").exists() else best(flags.run)
     model, trained, state = load_model(folder)
@@ -86,6 +89,7 @@ def main(argv: list[str]) -> None:
     ]
     out.write_text(json.dumps({"checkpoint": str(folder), "data": bank.name, "results": results}, indent=1) + "\n")
     sys.stdout.write(f"written to {out}\n")
+    log_evaluation(dataclasses.replace(trained, wandb=flags.wandb or trained.wandb), folder, bank.name, results)
 
 
 def grid(config: Config, flags: Flags) -> list[Config]:
@@ -93,8 +97,8 @@ def grid(config: Config, flags: Flags) -> list[Config]:
     return [
         dataclasses.replace(config, protocol=protocol, ways=ways, shot=shot)
         for protocol in flags.protocol or (config.protocol,)
-        for ways in flags.ways or (config.ways,)
-        for shot in flags.shot or (config.shot,)
+        for ways in flags.ways or (config.evaluation.ways,)
+        for shot in flags.shot or (config.evaluation.shot,)
     ]
 
 

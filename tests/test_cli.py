@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lgm_dist import flags
 from lgm_dist.cli import RunFailed, leak_note, status_of, table
 from lgm_dist.config import PRESETS, Config, ModelConfig
 
@@ -37,7 +38,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def parse(script: ModuleType) -> Callable[[str], Config]:
     def parsed(line: str) -> Config:
-        config: Config = script.parse(line.split())
+        config: Config = flags.parse(script.TrainFlags, line.split())[0]
         return config
 
     return parsed

@@ -17,7 +17,7 @@ CONFIG_MISTAKES: list[tuple[dict[str, Any], str]] = [
         for name in ("ways", "shot", "query", "epochs", "steps_per_epoch", "meta_batch", "eval_every", "eval_episodes")
         for value in (0, -3)
     ),
-    *(({name: 0}, f"{name} (0) must be a whole number of at least 1") for name in ("test_episodes", "eval_query")),
+    *(({name: 0}, f"{name} (0) must be a whole number of at least 1") for name in ("eval_query", "lr_decay_steps")),
     ({"lr_decay_steps": 0}, "lr_decay_steps (0) must be a whole number of at least 1"),
     ({"epochs": 1.5}, "epochs (1.5) must be a whole number of at least 1"),
     ({"shot": "1"}, "shot (1) must be a whole number of at least 1"),
@@ -41,6 +41,15 @@ CONFIG_MISTAKES: list[tuple[dict[str, Any], str]] = [
     *(({"weight_decay": v}, f"weight_decay ({v}) must not be negative; 0 turns it off") for v in (-0.1, NAN)),
     ({"eval_episodes": 1}, "eval_episodes (1) and test_episodes (2000) must be at least 2; one episode has no"),
     ({"test_episodes": 1}, "eval_episodes (600) and test_episodes (1) must be at least 2; one episode has no"),
+    ({"test_episodes": -1}, "test_episodes (-1) must be a whole number of at least 0"),
+    ({"eval_ways": 1}, "eval_ways (1) must be at least 2, or 0 for the ways of training"),
+    ({"eval_ways": -5}, "eval_ways (-5) must be a whole number of at least 0"),
+    ({"eval_shot": -1}, "eval_shot (-1) must be a whole number of at least 0"),
+    *(
+        (values, f"max_workers ({most}) must lie between workers ({least}), itself at least 1, and meta_batch (8)")
+        for least, most in ((2, 1), (0, 2), (4, 9))
+        for values in ({"workers": least, "max_workers": most, "meta_batch": 8},)
+    ),
     ({"data": ""}, "data ('') must name a data set; use fc100, glyphs or the path of a manifest"),
     ({"name": "a/b"}, "name ('a/b') must be a plain folder name; put folders into storage"),
     ({"name": ".."}, "name ('..') must be a plain folder name; put folders into storage"),
@@ -91,6 +100,8 @@ def test_meta_batch_is_divided_among_workers(meta_batch: int, workers: int, fix:
 def test_what_lies_on_the_border_is_accepted() -> None:
     Config(meta_batch=7, workers=0, seed=2**64 - 1, eval_seed=2**64 - 1, max_failures=0, eval_episodes=2)
     Config(ways=2, lr_decay=1, lr_min=1e-3, lr=1e-3, test_episodes=2)
+    Config(test_episodes=0, eval_ways=2, eval_shot=1)
+    Config(workers=1, max_workers=5, meta_batch=32)  # the slices of elastic workers may differ in size
     ModelConfig(norm_decay=0.0)
     ModelConfig(filters=12, norm_groups=8)  # groups are for norm=group alone
 
@@ -105,6 +116,13 @@ def test_the_defaults_are_the_papers() -> None:
     assert (model.channels, model.filters, model.noise_size) == (3, 64, 32)
     assert (model.norm, model.norm_scope, model.norm_decay, model.norm_epsilon) == ("batch", "global", 0.99, 1e-3)
     assert model.weight_norm
+
+
+def test_val_and_test_episodes_may_have_ways_and_shots_of_their_own() -> None:
+    config = Config(ways=20, shot=5, eval_ways=5, eval_shot=1, query=2)
+    assert (config.evaluation.ways, config.evaluation.shot, config.evaluation.query) == (5, 1, 2)
+    assert (config.ways, config.shot) == (20, 5)
+    assert Config(ways=7, shot=3).evaluation == Config(ways=7, shot=3)
 
 
 def test_steps() -> None:
@@ -142,6 +160,8 @@ def other(value: Any, name: str) -> Any:
         "wandb": "disabled",
         "meta_batch": 33,
         "workers": 3,
+        "max_workers": 4,
+        "eval_ways": 7,
     }
     chosen |= {"norm": "group", "norm_scope": "episode", "norm_groups": 5, "filters": 65, "lr_decay": 0.5, "lr": 0.01}
     if name in chosen:
@@ -168,6 +188,24 @@ def test_from_dict_takes_part_of_the_fields_and_leaves_the_dictionary_alone() ->
     assert Config.from_dict(values) == Config(ways=7, model=ModelConfig(filters=16))
     assert values == {"ways": 7, "model": {"filters": 16}}
     assert Config.from_dict({}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"lr": "0.1"}, "lr ('0.1') must be of type float"),
+        ({"ways": 5.0}, "ways (5.0) must be of type int"),
+        ({"ways": True}, "ways (True) must be of type int"),
+        ({"data": None}, "data (None) must be of type str"),
+        ({"model": [1]}, "model ([1]) must be a dictionary of the network's settings"),
+        ({"model": {"weight_norm": 1}}, "weight_norm (1) must be of type bool"),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the sentence is compared below
+        Config.from_dict(values)
+    assert str(error.value) == sentence
+    assert Config.from_dict({"lr": 1}).lr == 1, "a whole number is a float's value, as in JSON"
 
 
 def test_an_unknown_key_is_named_with_the_known_ones() -> None:

@@ -83,6 +83,14 @@ def test_rates_are_set_for_each_step() -> None:
         assert group["lr"] == learning_rate(Config(), step)
 
 
+def test_weight_decay_is_the_configurations_also_after_another_trials_checkpoint() -> None:
+    theirs = make_optimizer(nn.Linear(2, 2), Config(weight_decay=0.5)).state_dict()
+    optimizer = make_optimizer(nn.Linear(2, 2), Config(weight_decay=0.1))
+    optimizer.load_state_dict(theirs)
+    set_rates(optimizer, Config(weight_decay=0.1), 0)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
+
+
 def tf_adam(value: Array, gradients: list[Array], rates: list[float], weight_decay: float = 0.0) -> list[Array]:
     """The values after each step, as tensorflow.train.AdamOptimizer has it: epsilon outside the bias correction."""
     m, v, values = np.zeros_like(value), np.zeros_like(value), []
@@ -227,6 +235,36 @@ def test_sums_means_and_gathers() -> None:
     assert together(3, lambda w: w.sum(torch.tensor([1.0, w.rank])).tolist()) == [[3, 3]] * 3
     assert together(3, lambda w: w.mean(torch.tensor([1.0, w.rank])).tolist()) == [[1, 1]] * 3
     assert together(3, lambda w: w.gather(10.5 * w.rank)) == [[0, 10.5, 21]] * 3
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_slices_of_unequal_size_give_the_whole_meta_batchs_loss_accuracy_and_gradient(
+    small: Config, world_size: int
+) -> None:
+    """5 episodes over 2 workers and over 3, against one worker with all 5."""
+    config = replace(small, meta_batch=5)
+
+    def step(worker: Worker) -> tuple[list[float], list[float], list[Tensor]]:
+        """Loss and accuracy, norms of the gradient, and the gradient that data-parallel training makes of them."""
+        model, optimizer = models[worker.rank]
+        model.reduce_over(worker.all_reduce)
+        first, count = worker.slice_of(0, 5)
+        batch = in_float64(sample_episodes(bank_of(config, "train"), config, "train", first, count))
+        figures = train_step(model.double().train(), optimizer, batch, config, 0, count * worker.world_size / 5)
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+        return worker.mean(figures[:2]).tolist(), [figures[2].item(), norm], [worker.mean(g) for g in gradients]
+
+    models = [build(config) for _ in range(world_size)]
+    expected, _, gradients = step(Worker())
+    assert 0 < expected[1] < 1, "or every accuracy would do"
+    models = [build(config) for _ in range(world_size)]
+    for found, norms, shared in together(world_size, step):
+        assert found[0] == pytest.approx(expected[0], rel=1e-12)
+        assert found[1] == pytest.approx(expected[1], rel=1e-6), "a quotient in float32"
+        assert norms[0] == pytest.approx(norms[1], rel=1e-12), "not times the weight once more"
+        for ours, theirs in zip(shared, gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 # Evaluation

@@ -39,7 +39,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*_: Any) -> None:
         raise AssertionError("Ray was about to start")
 
-    monkeypatch.setattr(ray_train, "_fit_with_ray", started)
+    monkeypatch.setattr(ray_train, "_train_with_ray", started)
 
 
 @pytest.fixture

@@ -1,86 +1,477 @@
-"""metrics.jsonl, the same rows on W&B read back from its offline file, and which of W&B's modes is taken."""
+"""The mirror of a run on W&B, read back from W&B's own offline files: each row once whatever dies, and which mode is taken."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import shutil
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fabricated import FACTS, PNG
+from offline_runs import Records, folders, history, inspect, merged, of_type
 
+from lgm_dist import tracking
 from lgm_dist.config import Config
-from lgm_dist.tracking import Tracker, read_metrics, wandb_mode
+from lgm_dist.metrics import MetricsLog, read_metrics
+from lgm_dist.tracking import Mirror, log_evaluation, wandb_mode
 
 SILENT = Config(wandb="disabled")
+OFFLINE = Config(wandb="offline", name="a-run", ways=7)
+ROOT = Path(__file__).parents[1]
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl by plain reading."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The variables that would change what W&B does are unset, its caches are elsewhere, and the mirror looks often."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path_factory.mktemp("wandb")))
+    monkeypatch.setattr(tracking, "POLL_SECONDS", 0.02)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that tests set: clock[0], in seconds."""
-    now = [1000.0]
-    monkeypatch.setattr("lgm_dist.tracking.time.monotonic", lambda: now[0])
-    return now
+def figures(step: int) -> dict[str, float]:
+    """The metrics of a row; the best val accuracy is that of step 2."""
+    return {
+        "train/loss": 1 / step,
+        "val/accuracy": [0.1, 0.4, 0.2, 0.3, 0.25][step % 5 - 1],
+        "speed/episodes_per_s": 9.0,
+    }
 
 
-def test_rows(tmp_path: Path, clock: list[float]) -> None:
-    tracker = Tracker(tmp_path, SILENT, 0, {})
-    clock[0] += 0.5
-    tracker.log(1, {"train/loss": 1.25, "train/accuracy": 1 / 3})
-    assert rows(tmp_path) == [{"step": 1, "train/loss": 1.25, "train/accuracy": 1 / 3, "seconds": 0.5}], "at once"
-    clock[0] += 2.25
-    tracker.log(2, {"train/loss": 1.0, "val/accuracy": 0.5})
-    tracker.close({"test/accuracy": 0.4})
-    assert rows(tmp_path)[1:] == [{"step": 2, "train/loss": 1.0, "val/accuracy": 0.5, "seconds": 2.75}]
-    assert read_metrics(tmp_path) == rows(tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n")
+def write(log: MetricsLog, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        log.write(step, figures(step))
 
 
-def test_no_rows_yet(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path) == []
-    Tracker(tmp_path, SILENT, 0, {}).close({})
-    assert read_metrics(tmp_path) == []
+def write_all(run: Path, steps: int) -> None:
+    log = MetricsLog(run, 0)
+    write(log, 1, steps)
+    log.close()
 
 
-def write_rows(run: Path, count: int, tail: str = "") -> None:
-    text = "".join(
-        json.dumps({"step": s, "train/loss": 0.1 * s, "seconds": 2.0 * s}) + "\n" for s in range(1, count + 1)
-    )
-    (run / "metrics.jsonl").write_text(text + tail)
+def until(true: Callable[[], bool]) -> None:
+    """Waits for the mirror's thread."""
+    limit = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < limit, "the mirror does not follow"
+        time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("step", "kept"), [(3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (0, []), (9, [1, 2, 3, 4, 5])])
-@pytest.mark.parametrize("tail", ["", '{"step": 6, "train/lo', "{"])
-def test_resuming_drops_rows_that_will_come_again(tmp_path: Path, step: int, kept: list[int], tail: str) -> None:
-    """Also the last one, where a killed process left it half-written."""
-    write_rows(tmp_path, 5, tail)
-    before = {row["step"]: row for row in read_metrics(tmp_path)}
-    assert list(before) == [1, 2, 3, 4, 5]
-    tracker = Tracker(tmp_path, SILENT, step, {})
-    assert rows(tmp_path) == [before[s] for s in kept]
-    tracker.log(step + 1, {"train/loss": 7.0})
-    tracker.close({})
-    assert [row["step"] for row in rows(tmp_path)] == [*kept, step + 1]
-    assert rows(tmp_path)[-1]["train/loss"] == 7.0
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+def steps(run: Path) -> list[int]:
+    """Of all rows that W&B's files hold, oldest folder first."""
+    return [row["step"] for folder in folders(run) for row in history(inspect(folder))]
 
 
-def test_seconds_go_on_from_the_rows_that_stay(tmp_path: Path, clock: list[float]) -> None:
-    write_rows(tmp_path, 5)
-    clock[0] = 50_000
-    tracker = Tracker(tmp_path, SILENT, 3, {})
-    clock[0] += 0.25
-    tracker.log(4, {})
-    tracker.close({})
-    assert [row["seconds"] for row in rows(tmp_path)] == [2.0, 4.0, 6.0, 6.25]
+def run_of(records: Records) -> dict[str, Any]:
+    (run,) = of_type(records, "run")
+    return run
+
+
+# Rows
+
+
+def test_rows_come_as_they_are_written_and_a_later_start_goes_on(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    with Mirror(tmp_path, OFFLINE, "a-sweep", "trial") as mirror:
+        write(log, 1, 3)
+        until(lambda: mirror.logged == 3)
+        (tmp_path / "facts.json").write_text(json.dumps({"world_size": 2}))
+        until(lambda: mirror._facts == {"world_size": 2})
+    (tmp_path / "facts.json").write_text(json.dumps({"world_size": 1}))
+    with Mirror(tmp_path, OFFLINE, "a-sweep", "trial") as later:
+        write(log, 4, 5)
+    assert later.logged == 2
+    assert mirror.failure == later.failure == ""
+
+    first, second = (inspect(folder) for folder in folders(tmp_path))
+    assert history(first) + history(second) == read_metrics(tmp_path), "all keys as they are, seconds too"
+    assert [row["step"]["num"] for row in of_type(first + second, "history")] == [1, 2, 3, 4, 5]
+    assert of_type(first, "exit")[0]["exit_code"] == of_type(second, "exit")[0]["exit_code"] == 0
+    assert run_of(first)["run_id"] == run_of(second)["run_id"] == (tmp_path / "wandb-id").read_text().strip()
+    run = run_of(first)
+    named = ("display_name", "project", "run_group", "job_type")
+    assert [run[key] for key in named] == ["a-run", "lgm_dist", "a-sweep", "trial"]
+    config = run["config"]["update"]
+    assert {key: config[key] for key in OFFLINE.to_dict()} == OFFLINE.to_dict()
+    assert merged(first, "config")["world_size"] == 2
+    assert run_of(second)["config"]["update"]["world_size"] == 1
+    metrics = {m.get("name", m.get("glob_name")): m for m in of_type(first, "metric")}
+    for name in ("train/*", "val/*", "optim/*", "speed/*", "memory/*", "seconds", "val/accuracy"):
+        assert metrics[name]["step_metric"] == "step", name
+    assert "step_metric" not in metrics["step"]
+    assert metrics["val/accuracy"]["summary"] == {"max": True}
+    assert merged(first, "summary")["val/accuracy"] == {"max": 0.4}
+
+
+def test_a_line_is_sent_when_it_is_whole(tmp_path: Path) -> None:
+    write_all(tmp_path, 2)
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "train/lo')
+            file.flush()
+            until(lambda: mirror.logged == 2)
+            time.sleep(0.2)
+            assert mirror.logged == 2
+            file.write('ss": 0.5}\n{"step": 4')
+        until(lambda: mirror.logged == 3)
+    assert mirror.failure == ""
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_that_come_again_are_not_sent_again(tmp_path: Path, in_place: bool) -> None:
+    """Workers that went back to the checkpoint of step 3 put another file in its place, perhaps with the same inode."""
+    log = MetricsLog(tmp_path, 0)
+    write(log, 1, 6)
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        until(lambda: mirror.logged == 6)
+        if in_place:  # the mirror finds itself in the middle of a line
+            longer = [{"step": s, "more": "x" * s, **figures(s)} for s in range(1, 9)]
+            (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
+        else:
+            log = MetricsLog(tmp_path, 3)
+            write(log, 4, 5)
+            time.sleep(0.1)
+            write(log, 6, 8)
+        until(lambda: mirror.logged == 8)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from lgm_dist import tracking
+from lgm_dist.config import Config
+from lgm_dist.metrics import MetricsLog
+tracking.POLL_SECONDS = 0.02
+run, rows, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+log = MetricsLog(run, 0)
+with tracking.Mirror(run, Config(wandb=sys.argv[4], name="a-run")) as mirror:
+    for step in range(1, rows + 1):
+        log.write(step, {"train/loss": 1 / step})
+        time.sleep(pause)
+    while mirror.logged < rows and not mirror.failure:
+        time.sleep(0.01)
+    print(mirror.logged, "rows logged", flush=True)
+    if pause:
+        time.sleep(60)
+"""
+
+
+def test_a_killed_driver_loses_no_row(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), "300", "0.001", "offline"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert driver.stdout
+    assert driver.stdout.readline() == "300 rows logged\n"
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    held = steps(tmp_path)
+    assert held == list(range(1, len(held) + 1))
+    assert 0 < len(held) < 300, "W&B has lost what it had in memory, else this test shows nothing"
+
+    log = MetricsLog(tmp_path, 290)  # as rank 0 does: ten rows will come again
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        write(log, 291, 320)
+    assert mirror.logged == 320 - len(held)
+    assert steps(tmp_path) == list(range(1, 321))
+    assert len(folders(tmp_path)) == 2
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    runs = [tmp_path / "trial-000", tmp_path / "trial-001"]
+    for run in runs:
+        run.mkdir()
+    one, two = (Mirror(run, replace(OFFLINE, name=run.name), "a-sweep", "trial") for run in runs)
+    with one, two:
+        logs = [MetricsLog(run, 0) for run in runs]
+        write(logs[0], 1, 3)
+        write(logs[1], 1, 2)
+        until(lambda: (one.logged, two.logged) == (3, 2))
+        write(logs[1], 3, 4)
+    for run, last in zip(runs, (3, 4), strict=True):
+        (folder,) = folders(run)
+        records = inspect(folder)
+        assert history(records) == read_metrics(run)
+        assert len(history(records)) == last
+        assert [run_of(records)[key] for key in ("display_name", "run_group")] == [run.name, "a-sweep"]
+        assert run_of(records)["run_id"] == (run / "wandb-id").read_text().strip()
+
+
+def test_a_run_is_sent_by_one_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path, 3)
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        until(lambda: mirror.logged == 3)
+        with Mirror(tmp_path, OFFLINE) as other:
+            pass
+    assert (mirror.failure, other.failure) == ("", "RuntimeError: another process is sending it")
+    assert "another process is sending it" in capfd.readouterr().err
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+# The end of a run
+
+RESULT = {
+    "protocol": "standard",
+    "ways": 5,
+    "shot": 1,
+    "val/accuracy": 0.4,
+    "val/ci95": 0.01,
+    "step": 2,
+    "train/steps": 3,
+    "train/episodes": 24,
+    "memory/peak_bytes": 123.0,
+    "test/accuracy": 0.375,
+    "test/ci95": 0.02,
+}
+ANALYSIS = {
+    "classes": ["ant", "bee"],
+    "confusion": [[3, 1], [0, 4]],
+    "per_class": [
+        {"class": "ant", "group": "six legs", "accuracy": 0.75, "ci95": 0.1, "queries": 4, "episodes": 2},
+        {"class": "bee", "group": "six legs", "accuracy": 1.0, "ci95": None, "queries": 4, "episodes": 2},
+    ],
+    "weights": {
+        "tasks": [["ant", "bee"]],
+        "task_of": [0, 0],
+        "noise": ["mean", "drawn"],
+        "xy": [[0.5, 1.5], [2.5, 3.5]],
+        "silhouette": 0.25,
+        "histogram": {"layer1": {"edges": [-1.0, 0.0, 1.0], "counts": [7, 9], "drawn": [8, 8]}},
+    },
+}
+
+
+def finish(run: Path, manifest: Path, result: dict[str, Any] | None = None) -> None:
+    """What a run leaves at its end; the manifest is any file."""
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    (run / "facts.json").write_text(json.dumps(FACTS | {"manifest": str(manifest), "manifest_digest": digest}))
+    (run / "analysis.json").write_text(json.dumps(ANALYSIS))
+    (run / "curves.png").write_bytes(PNG)
+    for step, accuracy in ((2, 0.4), (3, 0.2)):
+        checkpoint = run / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "state.pt").write_bytes(b"tensors")
+        state = {"step": step, "val_accuracy": accuracy, "val_ci95": 0.01}
+        meta = {"format": 1, "sha256": "", "state": state, "config": OFFLINE.to_dict()}
+        (checkpoint / "state.json").write_text(json.dumps(meta))
+    (run / "result.json").write_text(json.dumps(RESULT | (result or {})))
+
+
+def table(folder: Path, path: str) -> Any:
+    """A table's columns and lines, read from the file that W&B would upload."""
+    content = json.loads((folder / "files" / path).read_text())
+    return [content["columns"], *content["data"]]
+
+
+def test_the_end_joins_the_last_row_and_is_sent_once(tmp_path: Path, tiny: Path) -> None:
+    with Mirror(tmp_path, OFFLINE):
+        write_all(tmp_path, 3)
+        finish(tmp_path, tiny)
+    (folder,) = folders(tmp_path)
+    records = inspect(folder)
+    assert [row["step"] for row in history(records)] == [1, 2, 3], "no row of its own"
+    last = history(records)[-1]
+    assert (last["step"], last["train/loss"]) == (3, 1 / 3)
+    assert (folder / "files" / last["pictures/curves.path"]).read_bytes() == PNG
+    assert (last["weights/layer1.bins"], last["weights/layer1.values"]) == ([-1, 0, 1], [7, 9])
+    assert last["weights/silhouette"] == 0.25
+    assert table(folder, last["classes/accuracy.path"]) == [
+        ["class", "group", "accuracy", "ci95", "queries", "episodes"],
+        ["ant", "six legs", 0.75, 0.1, 4, 2],
+        ["bee", "six legs", 1, None, 4, 2],
+    ]
+    pairs = [["ant", "ant", 3], ["ant", "bee", 1], ["bee", "bee", 4]]
+    assert table(folder, last["classes/confusion_table.path"]) == [["Actual", "Predicted", "nPredictions"], *pairs]
+    points = [[0.5, 1.5, "ant, bee", "mean"], [2.5, 3.5, "ant, bee", "drawn"]]
+    assert table(folder, last["weights/embedding.path"]) == [["x", "y", "classes", "noise"], *points]
+
+    summary = merged(records, "summary")
+    best = {"best/step": 2, "best/accuracy": 0.4, "best/ci95": 0.01}
+    expected = {"step": 3, "test/accuracy": 0.375, "test/ci95": 0.02, "protocol": "standard", "train/steps": 3, **best}
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["val/accuracy"] == {"max": 0.4}
+
+    with Mirror(tmp_path, OFFLINE):
+        pass
+    assert folders(tmp_path) == [folder], "W&B holds everything"
+    with Mirror(tmp_path, OFFLINE):  # one that is given more epochs
+        write(MetricsLog(tmp_path, 3), 4, 6)
+        finish(tmp_path, tiny, {"train/steps": 6})
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    more = inspect(folders(tmp_path)[1])
+    assert "pictures/curves.path" in history(more)[-1]
+    assert merged(more, "summary")["train/steps"] == 6
+
+
+def test_the_data_and_the_best_checkpoint_are_artifacts_with_lineage(tmp_path: Path, tiny: Path) -> None:
+    with Mirror(tmp_path, OFFLINE):
+        write_all(tmp_path, 3)
+        finish(tmp_path, tiny)
+    data, model = of_type(inspect(folders(tmp_path)[0]), "artifact")[-2:]
+    assert (data["type"], data["name"], data["use_after_commit"]) == ("dataset", "tiny", True), "an input of the run"
+    (entry,) = data["manifest"]["contents"]
+    assert entry["path"] == "manifest.json"
+    assert entry["size"] == str(tiny.stat().st_size), "the manifest and no image"
+    assert base64.b64decode(entry["digest"]) == hashlib.md5(tiny.read_bytes()).digest()
+    assert json.loads(data["metadata"]) == {"digest": hashlib.sha256(tiny.read_bytes()).hexdigest()}
+
+    name = "a-run-" + (tmp_path / "wandb-id").read_text().strip()
+    assert (model["type"], model["name"], "best" in model["aliases"]) == ("model", name, True)
+    assert "use_after_commit" not in model, "an output of the run"
+    best = tmp_path / "checkpoints" / "step-00000002"
+    assert {entry["local_path"] for entry in model["manifest"]["contents"]} == {
+        str(best / "state.json"),
+        str(best / "state.pt"),
+    }
+    figures = {"step": 2, "val/accuracy": 0.4, "val/ci95": 0.01, "ways": 5, "shot": 1, "protocol": "standard"}
+    assert json.loads(model["metadata"]) == figures
+
+
+def test_a_manifest_that_is_no_longer_the_same_is_named_by_its_digest(tmp_path: Path) -> None:
+    manifest = tmp_path / "birds.json"
+    manifest.write_text("{}")
+    finish(tmp_path, manifest)
+    manifest.write_text('{"another": 1}')
+    write_all(tmp_path, 3)
+    with Mirror(tmp_path, OFFLINE):
+        pass
+    data = of_type(inspect(folders(tmp_path)[0]), "artifact")[-2]
+    (entry,) = data["manifest"]["contents"]
+    assert (data["name"], entry["path"]) == ("birds", "digest.json")
+    assert json.loads(Path(entry["local_path"]).read_text()) == {
+        "manifest": str(manifest),
+        "digest": hashlib.sha256(b"{}").hexdigest(),
+    }
+
+
+def test_an_exception_marks_the_run_as_failed_and_a_later_end_goes_into_the_summary(tmp_path: Path, tiny: Path) -> None:
+    """W&B holds the last row by then, and takes no more for it."""
+    write_all(tmp_path, 3)
+    with pytest.raises(KeyboardInterrupt), Mirror(tmp_path, OFFLINE):
+        raise KeyboardInterrupt
+    failed = inspect(folders(tmp_path)[0])
+    assert [row["step"] for row in history(failed)] == [1, 2, 3]
+    assert of_type(failed, "exit")[0]["exit_code"] == 1
+    assert "train/steps" not in merged(failed, "summary")
+
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        finish(tmp_path, tiny)
+    folder = folders(tmp_path)[1]
+    records = inspect(folder)
+    assert (mirror.logged, mirror.failure, history(records)) == (0, "", [])
+    summary = merged(records, "summary")
+    assert summary["test/accuracy"] == 0.375
+    assert (folder / "files" / summary["pictures/curves"]["path"]).read_bytes() == PNG
+    pairs = [["ant", "ant", 3], ["ant", "bee", 1], ["bee", "bee", 4]]
+    assert table(folder, summary["classes/confusion"]["path"]) == [["Actual", "Predicted", "nPredictions"], *pairs]
+
+
+def test_a_run_without_analysis_checkpoint_or_facts_ends_too(tmp_path: Path) -> None:
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        write_all(tmp_path, 3)
+        (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    assert mirror.failure == ""
+    records = inspect(folders(tmp_path)[0])
+    assert merged(records, "summary")["test/accuracy"] == 0.375
+    assert of_type(records, "artifact") == []
+
+
+def test_an_evaluation_is_a_run_of_its_own_that_uses_the_checkpoint(tmp_path: Path, tiny: Path) -> None:
+    write_all(tmp_path, 3)
+    finish(tmp_path, tiny)
+    with Mirror(tmp_path, OFFLINE):
+        pass
+    scores = {"single draw": {"accuracy": 0.5, "ci95": 0.1}, "vote": {"accuracy": 0.75, "ci95": 0.2}}
+    found = {"split": "test", "protocol": "paper", "ways": 5, "shot": 1, "episodes": 20, "draws": 2, "scores": scores}
+    checkpoint = tmp_path / "checkpoints" / "step-00000002"
+    log_evaluation(OFFLINE, checkpoint, "birds", [found])
+
+    trained, evaluated = (inspect(folder) for folder in folders(tmp_path))
+    run = run_of(evaluated)
+    assert (run["job_type"], run["run_group"], run["display_name"]) == ("evaluate", "a-run", "a-run")
+    assert run["run_id"] != run_of(trained)["run_id"]
+    assert run["config"]["update"]["ways"] == 7
+    (row,) = history(evaluated)
+    lines = [["birds", "test", "paper", 5, 1, 20, 2, "single draw", 0.5, 0.1]]
+    lines += [["birds", "test", "paper", 5, 1, 20, 2, "vote", 0.75, 0.2]]
+    header = ["data", "split", "protocol", "ways", "shot", "episodes", "draws", "noise", "accuracy", "ci95"]
+    assert table(folders(tmp_path)[1], row["evaluation.path"]) == [header, *lines]
+    summary = merged(evaluated, "summary")
+    assert (summary["test/paper/5w1s/accuracy"], summary["test/paper/5w1s/ci95"]) == (0.5, 0.1)
+    output, used = (of_type(records, "artifact")[-1] for records in (trained, evaluated))
+    assert used["use_after_commit"] is True
+    assert [used[key] for key in ("name", "digest")] == [output[key] for key in ("name", "digest")]
+
+
+# W&B fails
+
+
+def mended(run: Path, rows: int) -> bool:
+    """Whether another start sends what is not there."""
+    with Mirror(run, OFFLINE) as mirror:
+        pass
+    return mirror.failure == "" and sorted(steps(run)) == list(range(1, rows + 1))
+
+
+def drive(run: Path, rows: int, mode: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """DRIVER in a process of its own, to its end."""
+    command = [sys.executable, "-c", before + DRIVER, str(run), str(rows), "0", mode]
+    env = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+
+
+def test_a_network_that_is_gone(tmp_path: Path) -> None:
+    gone = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "k" * 40, "WANDB_INIT_TIMEOUT": "1"}
+    done = drive(tmp_path, 5, "online", **gone)
+    assert (done.returncode, done.stdout) == (0, "0 rows logged\n"), "nothing happened to the process that trains"
+    (said,) = [line for line in done.stderr.splitlines() if "metrics.jsonl" in line]
+    assert f"W&B does not hold all of {tmp_path} (" in said
+    assert f"`python scripts/wandb_replay.py {tmp_path}`" in said
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert mended(tmp_path, 5)
+
+
+def test_a_run_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    log = wandb.Run.log
+
+    def breaks(self: Any, row: dict[str, Any], step: int) -> None:
+        if step == 3:
+            raise ConnectionResetError("Connection lost")
+        log(self, row, step=step)
+
+    with monkeypatch.context() as patch, Mirror(tmp_path, OFFLINE) as mirror:
+        patch.setattr(wandb.Run, "log", breaks)
+        write_all(tmp_path, 5)
+        until(lambda: mirror.failure != "")
+    assert (mirror.logged, mirror.failure) == (2, "ConnectionResetError: Connection lost")
+    assert of_type(inspect(folders(tmp_path)[0]), "exit")[0]["exit_code"] == 1
+    assert mended(tmp_path, 5)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """W&B's own process may write 20,000 bytes to a file, and says nothing when it cannot write more."""
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+    done = drive(tmp_path, 150, "offline", limit)
+    assert done.returncode == 0
+    held = steps(tmp_path)
+    assert 0 < len(held) < 150
+    assert f"{150 - len(held)} of 150 rows are not in its files; is the disk full?" in done.stderr
+    assert mended(tmp_path, 150)
+
+
+# Modes
 
 
 def test_disabled_loads_and_leaves_nothing(tmp_path: Path) -> None:
@@ -89,70 +480,13 @@ import sys
 sys.modules["wandb"] = None
 from pathlib import Path
 from lgm_dist.config import Config
-from lgm_dist.tracking import Tracker
-tracker = Tracker(Path({str(tmp_path)!r}), Config(wandb="disabled"), 0, {{}})
-tracker.log(1, {{"train/loss": 1.0}})
-tracker.close({{}})
+from lgm_dist.tracking import Mirror, log_evaluation
+with Mirror(Path({str(tmp_path)!r}), Config(wandb="disabled")):
+    Path({str(tmp_path)!r}, "metrics.jsonl").write_text('{{"step": 1}}\\n')
+log_evaluation(Config(wandb="disabled"), Path("nowhere"), "fc100", [])
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-# W&B
-
-
-def inspect(folder: Path) -> list[dict[str, Any]]:
-    """The records of an offline run, by W&B's own reader."""
-    wandb = shutil.which("wandb", path=str(Path(sys.executable).parent))
-    if wandb is None:
-        pytest.skip("W&B's command line is not installed")
-    done = subprocess.run([wandb, "leet", "inspect", "--json", folder], check=True, capture_output=True, timeout=60)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [record[kind] for record in records if record["type"] == kind]
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables that would change what W&B does are unset."""
-    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.mark.usefixtures("offline")
-def test_an_offline_run_holds_every_row_once_and_goes_on_as_the_same(tmp_path: Path) -> None:
-    config = Config(wandb="offline", name="a-run", ways=7)
-    spans, folders = [[1, 2, 3], [4, 5]], list[Path]()
-    for span in spans:
-        tracker = Tracker(tmp_path, config, span[0] - 1, {"world_size": 2})
-        for step in span:
-            tracker.log(step, {"train/loss": 1 / step, "val/accuracy": [0.1, 0.4, 0.2, 0.3, 0.25][step - 1]})
-        tracker.close({"test/accuracy": 0.125})
-        folders += sorted(set((tmp_path / "wandb").glob("offline-run-*")) - set(folders))
-    assert len(folders) == 2, "one for each start"
-
-    records = [inspect(folder) for folder in folders]
-    for found, span in zip(records, spans, strict=True):
-        history = of_type(found, "history")
-        assert [row["step"]["num"] for row in history] == span
-        assert [row["item"]["step"] for row in history] == span
-        assert [row["item"]["train/loss"] for row in history] == [1 / step for step in span]
-        assert of_type(found, "exit")[0]["exit_code"] == 0
-    assert len({of_type(found, "run")[0]["run_id"] for found in records}) == 1
-    first = of_type(records[0], "run")[0]
-    assert (first["display_name"], first["project"], first["job_type"]) == ("a-run", "lgm_dist", "train")
-    tracked = first["config"]["update"]
-    assert {key: tracked[key] for key in (*config.to_dict(), "world_size")} == config.to_dict() | {"world_size": 2}
-    metrics = {m.get("name", m.get("glob_name")): m for m in of_type(records[0], "metric")}
-    assert metrics["*"]["step_metric"] == "step"
-    assert metrics["val/accuracy"]["summary"] == {"max": True}
-    summary: dict[str, Any] = {}
-    for record in of_type(records[0], "summary"):
-        summary |= record["update"]
-    assert summary["test/accuracy"] == 0.125
-    assert summary["val/accuracy"] == {"max": 0.4}
 
 
 @pytest.mark.parametrize(

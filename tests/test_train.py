@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 from test_scripts import run as run_script
 
+from lgm_dist.cli import RunFailed
 from lgm_dist.config import Config
-from lgm_dist.ray_train import fit, read_result
-from lgm_dist.tracking import read_metrics
+from lgm_dist.job import read_result
+from lgm_dist.metrics import read_metrics
+from lgm_dist.ray_train import fit
 
 ROOT = Path(__file__).parents[1]
-TIMES = {"seconds", "speed/episodes_per_s"}
+TIMES = {"seconds", "speed/episodes_per_s", "memory/peak_bytes"}
 
 
 def config(tiny: Path, storage: Path, **changes: Any) -> Config:
@@ -33,7 +35,7 @@ def config(tiny: Path, storage: Path, **changes: Any) -> Config:
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock says."""
+    """The rows of metrics.jsonl without what a clock and the process's memory say."""
     return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(run)]
 
 
@@ -52,7 +54,7 @@ def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if "val/accuracy" in row] == [4, 8, 12]
-    keys = {"train/loss", "train/accuracy", "optim/lr", "optim/grad_norm", "speed/episodes_per_s", "seconds", "step"}
+    keys = {"train/loss", "train/accuracy", "optim/lr", "optim/grad_norm", "seconds", "step"} | TIMES
     assert all(keys <= row.keys() for row in rows)
     result = read_result(finished)
     assert result["train/episodes"] == 48
@@ -60,7 +62,7 @@ def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
     best = max((row for row in rows if "val/accuracy" in row), key=lambda row: row["val/accuracy"])
     assert (result["step"], result["val/accuracy"]) == (best["step"], best["val/accuracy"])
     assert 100e6 < result["memory/peak_bytes"] < 8e9
-    for name in ("curves.png", "episode.png"):
+    for name in ("curves.png", "episode.png", "confusion.png", "weights.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -100,6 +102,47 @@ def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_bits(tiny: Pa
     assert str(killed / "curves.png") in resumed.stdout
     assert history(killed) == history(whole)
     assert digests(killed) == digests(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_of_its_last_step(
+    number: signal.Signals, tiny: Path, tmp_path: Path
+) -> None:
+    """And resumed it ends with the bits of one that was left alone, although it stopped between two evaluations."""
+    whole = fit(config(tiny, tmp_path / "whole", steps_per_epoch=60, eval_every=30))
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPABLE, str(tiny), str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT / "tests",
+    )
+    run = tmp_path / "run"
+    while process.poll() is None and len(read_metrics(run)) < 5:
+        time.sleep(0.005)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    stopped = len(read_metrics(run))
+    assert process.returncode == 1, error
+    assert f"stopped with a checkpoint of step {stopped}; the same command goes on from it" in error
+    assert 5 <= stopped < 30
+    assert list(digests(run)) == [f"step-{stopped:08d}"]
+    resumed = fit(config(tiny, tmp_path, steps_per_epoch=60, eval_every=30))
+    assert history(resumed) == history(whole)
+    assert digests(resumed).items() >= digests(whole).items()
+
+
+STOPPABLE = """
+import sys
+from pathlib import Path
+from test_train import config, fit
+from lgm_dist.cli import RunFailed
+import torch
+torch.set_num_threads(1)
+try:
+    fit(config(Path(sys.argv[1]), Path(sys.argv[2]), steps_per_epoch=60, eval_every=30))
+except RunFailed as error:
+    sys.exit(str(error))
+"""
 
 
 def test_a_name_taken_by_another_configuration_is_refused(finished: Path, tiny: Path) -> None:
@@ -150,10 +193,11 @@ class TestUnderRay:
     ) -> None:
         small = config(tiny, tmp_path / "one", lr=1e-6, lr_min=0.0)
         alone = history(fit(small))
-        shared = replace(small, storage=str(tmp_path / "two"), workers=2, steps_per_epoch=4)
-        run = fit(shared)
+        elastic = replace(small, storage=str(tmp_path / "two"), workers=1, max_workers=2, steps_per_epoch=4)
+        run = fit(elastic)
         assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
-        run = fit(replace(shared, workers=1, epochs=3))
+        assert json.loads((run / "facts.json").read_text())["world_size"] == 2, "as many as there is room for"
+        run = fit(replace(elastic, max_workers=0, epochs=3))
         rows = history(run)
         assert [row["step"] for row in rows] == list(range(1, 13))
         for ours, theirs in zip(rows, alone, strict=True):
@@ -161,6 +205,24 @@ class TestUnderRay:
             assert ours.keys() == theirs.keys()
         assert read_result(run)["test/episodes"] == 20
         assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000012"
+
+    def test_ctrl_c_ends_a_run_of_workers_with_a_checkpoint_of_its_last_step(self, tiny: Path, tmp_path: Path) -> None:
+        """Ray has handlers of its own for it."""
+        import threading
+
+        def interrupt() -> None:
+            while len(read_metrics(tmp_path / "run")) < 10:
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(
+            RunFailed, match=r"^stopped with a checkpoint of step \d+; the same command goes on from it$"
+        ):
+            fit(config(tiny, tmp_path, workers=1, cpus_per_worker=1, steps_per_epoch=4000, eval_every=4000))
+        rows = read_metrics(tmp_path / "run")
+        assert 10 <= len(rows) < 4000
+        assert list(digests(tmp_path / "run")) == [f"step-{len(rows):08d}"]
 
     def test_a_killed_worker_is_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
         import threading

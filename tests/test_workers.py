@@ -25,7 +25,7 @@ from lgm_dist.data import open_bank
 from lgm_dist.engine import Worker, evaluate
 from lgm_dist.ray_train import build_model
 
-STEPS, EVAL_EPISODES = 20, 30
+STEPS, UNEVEN_STEPS, EVAL_EPISODES = 20, 3, 30
 WORLD_SIZES = (1, 2, 4)
 SCOPES = {"global": STEPS, "worker": 3, "episode": 3}  # and the steps that are taken with each in float32
 
@@ -43,6 +43,8 @@ class Outcome:
     """What one worker saw."""
 
     float64: Run
+    uneven: Run
+    """Likewise in float64, of a meta-batch of 5 episodes, which 2 and 4 workers cannot share out evenly."""
     float32: dict[str, Run]
     """By norm_scope, at a small learning rate."""
     accuracies: dict[str, list[float]]
@@ -53,11 +55,12 @@ def work(worker: Worker, config: Config, weights: Path) -> dict[str, Any]:
     exact = train(worker, config, torch.float64, STEPS)
     if worker.world_size == 1:
         torch.save(exact[1], weights)
+    uneven = train(worker, replace(config, meta_batch=5), torch.float64, UNEVEN_STEPS)
     float32 = {}
     for scope, steps in SCOPES.items():
         slow = replace(config, lr=1e-6, lr_min=0.0, model=replace(config.model, norm_scope=scope))
         float32[scope] = train(worker, slow, torch.float32, steps)
-    return {"float64": exact, "float32": float32, "accuracies": accuracies(worker, config, weights)}
+    return {"float64": exact, "uneven": uneven, "float32": float32, "accuracies": accuracies(worker, config, weights)}
 
 
 def accuracies(worker: Worker, config: Config, weights: Path) -> dict[str, list[float]]:
@@ -82,7 +85,12 @@ def outcomes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
     for size in WORLD_SIZES:
         results = run_workers(size, folder / str(size), work, config, folder / "trained.pt")
         found[size] = [
-            Outcome(Run(*r["float64"]), {scope: Run(*run) for scope, run in r["float32"].items()}, r["accuracies"])
+            Outcome(
+                Run(*r["float64"]),
+                Run(*r["uneven"]),
+                {scope: Run(*run) for scope, run in r["float32"].items()},
+                r["accuracies"],
+            )
             for r in results
         ]
     return found
@@ -108,6 +116,16 @@ def test_weights_in_float64(outcomes: dict[int, list[Outcome]], workers: int) ->
     assert alone.keys() == together.keys()
     for name, value in together.items():
         assert (value - alone[name]).abs().max() < 1e-8, name
+
+
+@pytest.mark.parametrize("workers", WORLD_SIZES[1:])
+def test_slices_of_unequal_size_in_float64(outcomes: dict[int, list[Outcome]], workers: int) -> None:
+    """Bounds as above: weighted by their sizes, the slices make the same steps as the whole meta-batch."""
+    alone, together = (outcomes[size][0].uneven for size in (1, workers))
+    assert len(alone.losses) == UNEVEN_STEPS
+    assert furthest(together.losses, alone.losses) < 1e-9
+    for name, value in together.state.items():
+        assert (value - alone.state[name]).abs().max() < 1e-8, name
 
 
 @pytest.mark.parametrize("workers", WORLD_SIZES[1:])

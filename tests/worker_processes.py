@@ -67,7 +67,9 @@ def train(worker: Worker, config: Config, dtype: torch.dtype, steps: int) -> tup
     parallel = DistributedDataParallel(model) if worker.world_size > 1 else model
     optimizer, losses = make_optimizer(model, config), []
     for step in range(steps):
-        batch = sample_episodes(bank, config, "train", *worker.slice_of(step * config.meta_batch, config.meta_batch))
+        first, count = worker.slice_of(step * config.meta_batch, config.meta_batch)
+        batch = sample_episodes(bank, config, "train", first, count)
         batch = replace(batch, images=batch.images.to(dtype), noise=batch.noise.to(dtype))
-        losses.append(worker.mean(train_step(parallel, optimizer, batch, config, step))[0].item())
+        weight = count * worker.world_size / config.meta_batch
+        losses.append(worker.mean(train_step(parallel, optimizer, batch, config, step, weight))[0].item())
     return losses, {name: value.detach().clone() for name, value in model.state_dict().items()}

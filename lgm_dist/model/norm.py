@@ -47,7 +47,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, episodes: int) -> Tensor:
         """x (n, F, h, w), the images of `episodes` episodes one after the other -> the same shape."""
         if self.kind != "batch":
-            return F.group_norm(x, self.groups, self.weight, self.bias, self.epsilon)
+            return torch.group_norm(x, self.groups, self.weight, self.bias, self.epsilon)
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.epsilon)
         if self.scope == "episode":

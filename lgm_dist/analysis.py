@@ -1,0 +1,213 @@
+"""What a trained network confuses, and what weights it generates: analysis.json in a run's folder.
+
+    {"split": "val", "step": 300, "protocol": "standard", "episodes": 600, "ways": 5, "shot": 1, "chance": 0.2,
+     "accuracy": 0.33, "ci95": 0.004,                over episodes, as `evaluate` has them
+     "classes": [name, …], "groups": [superclass or "", …],                                        C of each
+     "confusion": [[count, …], …],                   C x C: queries of class i that were taken for class j
+     "met": [[count, …], …],                         C x C: queries of class i in episodes that held class j too
+     "per_class": [{"class", "group", "accuracy", "ci95", "queries", "episodes"}, …],              C
+     "weights": {
+        "tasks": [[class name, …], …],               sets of classes: W of at most TASKS
+        "supports": 20,                              support sets of each: R
+        "task_of": [number in tasks, …], "noise": ["mean" or "drawn", …], "xy": [[x, y], …],       2 * W * R of each
+        "silhouette": 0.4, "silhouette_drawn": 0.1,  of the weights themselves by task, not of xy; noise at its mean, drawn
+        "shuffled_mean": -0.02, "shuffled_highest": 0.01,     of `silhouette` with the tasks shuffled SHUFFLES times
+        "variation": 0.1,                            distance of the weights from their mean (root mean square) / its norm
+        "histogram": {"layer1": {"edges": [101 numbers], "counts": [100], "drawn": [100]}, "layer2": …}}}
+
+Accuracies lie in 0 to 1. An accuracy is null for a class that was never asked, its interval and a silhouette where there
+are too few to tell, and "weights" where the network has diverged and they are not finite. A class i is taken for class j
+only where they met, so confusion / met is the rate to look at; chance is the same for all pairs.
+
+The weights are the figure of the paper's claim that its network maps training data to functional weights (Li et al., ICML
+2019, abstract; its experiments show that on synthetic data): support sets of the same classes should give like weights. The
+authors' code has no such figure, so how it is made here is our own. A task is the set of classes of one of the first
+episodes of the split; its support sets share no image, so that likeness is one of classes, not of images.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lgm_dist import checkpoint
+from lgm_dist.config import Config
+from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.episodes import draw_noise, draw_rows
+from lgm_dist.engine import Score, Worker, answers, embed_images, own_draws
+from lgm_dist.model import LGMNet
+
+ANALYSIS = "analysis.json"
+TASKS, SUPPORTS = 10, 20
+"""Sets of classes, and support sets of each at most, whose generated weights are compared."""
+SHUFFLES, BINS = 99, 100
+
+Floats = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.int64]
+
+
+def analyse(run: Path, bank: ImageBank) -> dict[str, Any]:
+    """Analyses the run's checkpoint that was best on val, on the bank's split; writes and returns analysis.json.
+
+    The episodes are those of an evaluation while training: the first eval_episodes of config.evaluation. Raises ValueError
+    for a run without a checkpoint, or a bank that is too small for its episodes.
+    """
+    model, config, state = checkpoint.load_model(checkpoint.best(run))
+    config = config.evaluation
+    found = {
+        "split": bank.split,
+        "step": state.step,
+        "protocol": config.protocol,
+        "episodes": config.eval_episodes,
+        "ways": config.ways,
+        "shot": config.shot,
+        "chance": 1 / config.ways,
+        **_decisions(model, bank, config),
+        "weights": _weights(model, bank, config),
+    }
+    beside = run / f".{ANALYSIS}.new"
+    beside.write_text(json.dumps(found, allow_nan=False) + "\n")
+    beside.replace(run / ANALYSIS)
+    return found
+
+
+def read_analysis(run: Path) -> dict[str, Any]:
+    """The run's analysis.json. Raises ValueError where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((run / ANALYSIS).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{run} has no {ANALYSIS}; scripts/train.py writes it when the run is finished") from None
+    return found
+
+
+def _decisions(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any]:
+    """Who was taken for whom, and how often each class was recognised."""
+    episodes, n = config.eval_episodes, len(bank.classes)
+    classes = draw_rows(bank, config, bank.split, 0, episodes).classes  # (E, N)
+    confusion, met = np.zeros((n, n), np.int64), np.zeros((n, n), np.int64)
+    asked, right = np.zeros((episodes, n), np.int64), np.zeros((episodes, n), np.int64)
+    for first, log_p, labels in answers(model, bank, config, bank.split, episodes, own_draws(config), Worker()):
+        index = np.arange(first, first + len(labels))[:, None]  # (B, 1)
+        true = classes[index, labels.numpy()]  # (B, T)
+        taken = classes[index, log_p[-1].argmax(-1).numpy()]  # (B, T)
+        np.add.at(confusion, (true, taken), 1)
+        np.add.at(met, (true[..., None], classes[index]), 1)  # (B, T, N)
+        np.add.at(asked, (index, true), 1)
+        np.add.at(right, (index, true), true == taken)
+    score = Score.of(right.sum(1) / asked.sum(1))
+    return {
+        "accuracy": score.accuracy,
+        "ci95": score.ci95,
+        "classes": list(bank.classes),
+        "groups": list(bank.groups),
+        "confusion": confusion.tolist(),
+        "met": met.tolist(),
+        "per_class": [_class(bank, c, asked[:, c], right[:, c]) for c in range(n)],
+    }
+
+
+def _class(bank: ImageBank, c: int, asked: Counts, right: Counts) -> dict[str, Any]:
+    """Accuracy of class c with its 95 % interval, from its queries and those that were right in each episode (E,).
+
+    Both are over the episodes in which the class occurs, not over queries: the queries of an episode are judged with the same
+    support images and against the same other classes, so that they fall together and an interval over them is too narrow.
+    """
+    held = asked > 0
+    accuracies = right[held] / asked[held]
+    score = Score.of(accuracies) if len(accuracies) > 1 else None
+    return {
+        "class": bank.classes[c],
+        "group": bank.groups[c],
+        "accuracy": float(accuracies.mean()) if len(accuracies) else None,
+        "ci95": score.ci95 if score else None,
+        "queries": int(asked.sum()),
+        "episodes": len(accuracies),
+    }
+
+
+@torch.no_grad()
+def _weights(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any] | None:
+    """The generated weights by task, with the noise at its mean and with one draw of it; images are not augmented."""
+    classes, rows = _tasks(bank, config)  # (W, N), (W, R, S)
+    tasks, supports, _ = rows.shape
+    unique, positions = np.unique(rows, return_inverse=True)  # (n,)
+    contexts = embed_images(model, bank, config, unique, Worker())[1]  # (n, 2Z)
+    context = contexts[torch.from_numpy(positions.reshape(tasks * supports, -1))].mean(1)  # (W * R, 2Z)
+    noise = draw_noise(config, bank.split, 0, tasks * supports, 1)[0]  # (W * R, 2, Z)
+    mean, drawn = model.generate(context), model.generate(context, noise)
+    flat = [torch.cat([part.flatten(1) for layer in w for part in layer], 1).numpy() for w in (mean, drawn)]
+    if not all(np.isfinite(w).all() for w in flat):
+        return None
+    task = np.arange(tasks).repeat(supports)  # (W * R,)
+    kernels = {f"layer{i + 1}": (mean[i][0].numpy(), drawn[i][0].numpy()) for i in range(2)}
+    centre = flat[0].mean(0)
+    return {
+        "tasks": [[bank.classes[c] for c in chosen] for chosen in classes],
+        "supports": supports,
+        "task_of": np.tile(task, 2).tolist(),
+        "noise": ["mean"] * len(task) + ["drawn"] * len(task),
+        "xy": _in_two_dimensions(np.concatenate(flat)).tolist(),
+        **_silhouettes(flat[0], flat[1], task),
+        "variation": float(np.sqrt(np.square(flat[0] - centre).sum(1).mean()) / np.linalg.norm(centre)),
+        "histogram": {layer: _histogram(*kernel) for layer, kernel in kernels.items()},
+    }
+
+
+def _tasks(bank: ImageBank, config: Config) -> tuple[Counts, Counts]:
+    """Different sets of classes (W, N), of the first episodes, and rows of R support sets without a shared image (W, R, S)."""
+    supports = min(
+        SUPPORTS, (int(bank.counts.min()) - 1) // config.shot
+    )  # an episode has at least one query beside them
+    wide = replace(config, protocol="standard", shot=supports * config.shot, eval_query=1)
+    drawn = draw_rows(bank, wide, bank.split, 0, 4 * TASKS)
+    _, first = np.unique(np.sort(drawn.classes), axis=0, return_index=True)
+    chosen = np.sort(first)[:TASKS]  # (W,)
+    rows = drawn.support[chosen].reshape(len(chosen), config.ways, supports, config.shot)  # (W, N, R, K)
+    return drawn.classes[chosen], rows.swapaxes(1, 2).reshape(len(chosen), supports, -1)
+
+
+def _in_two_dimensions(weights: Floats) -> Floats:
+    """weights (P, D) -> (P, 2): their 50 first principal components, laid out by t-SNE."""
+    from sklearn.decomposition import PCA  # here, as it takes seconds to import and workers have no use for it
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    points = len(weights)
+    with threadpool_limits(
+        1
+    ):  # t-SNE's many small steps have threads wait for each other, ten times as long if others work
+        reduced = PCA(min(50, points), svd_solver="randomized", random_state=0).fit_transform(weights)  # (P, 50)
+        xy: Floats = TSNE(perplexity=min(30, (points - 1) / 3), init="pca", random_state=0).fit_transform(reduced)
+    return xy
+
+
+def _silhouettes(mean: Floats, drawn: Floats, task: Counts) -> dict[str, float | None]:
+    """How well weights (P, D) cluster by task (P,): at most 1; with the tasks shuffled, what chance makes of it."""
+    from sklearn.metrics import pairwise_distances, silhouette_score
+
+    if not 2 <= len(np.unique(task)) < len(task):
+        return dict.fromkeys(("silhouette", "silhouette_drawn", "shuffled_mean", "shuffled_highest"))
+    distances = [pairwise_distances(w) for w in (mean, drawn)]  # (P, P)
+    for d in distances:
+        np.fill_diagonal(d, 0)  # but for rounding it is
+    random = np.random.default_rng(0)
+    shuffled = [silhouette_score(distances[0], random.permutation(task), metric="precomputed") for _ in range(SHUFFLES)]
+    return {
+        "silhouette": float(silhouette_score(distances[0], task, metric="precomputed")),
+        "silhouette_drawn": float(silhouette_score(distances[1], task, metric="precomputed")),
+        "shuffled_mean": float(np.mean(shuffled)),
+        "shuffled_highest": float(max(shuffled)),
+    }
+
+
+def _histogram(mean: Floats, drawn: Floats) -> dict[str, list[float]]:
+    """Of one layer's kernels, without biases, whose scale is another: over all tasks, in bins of the same edges."""
+    edges = np.linspace(min(mean.min(), drawn.min()), max(mean.max(), drawn.max()), BINS + 1)
+    counts, drawn_counts = (np.histogram(w, edges)[0].tolist() for w in (mean, drawn))
+    return {"edges": edges.tolist(), "counts": counts, "drawn": drawn_counts}

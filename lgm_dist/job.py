@@ -1,0 +1,171 @@
+"""A run before and after its training: what is checked, its folder, what every worker is sent, its facts, its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lgm_dist import checkpoint
+from lgm_dist.config import SPLITS, Config, Split
+from lgm_dist.data import check_episodes, open_bank
+from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.manifest import read_manifest
+from lgm_dist.data.prepare import ensure_manifest
+from lgm_dist.engine import Evaluation, Worker
+from lgm_dist.metrics import read_metrics
+
+CONFIG, FACTS, RESULT = "config.json", "facts.json", "result.json"
+MAY_CHANGE = {
+    *("epochs", "workers", "max_workers", "cpus_per_worker", "device", "max_failures"),
+    *("data_root", "source", "cache", "name", "storage", "wandb"),
+}
+"""Fields with which a run may be resumed differently from how it was started."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is sent: the configuration and absolute places. All plain values."""
+
+    config: dict[str, Any]
+    manifest: str
+    cache: str
+    run: str
+    threads: int
+
+
+def make_job(config: Config) -> Job:
+    """Checks everything that can be checked before workers start, opens the banks and claims the run's folder.
+
+    Raises ValueError for what a user can mend.
+    """
+    manifest = ensure_manifest(config.data, config.data_root, config.source)
+    open_banks(config, manifest)
+    cache = str(Path(config.cache).absolute()) if config.cache else ""
+    manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
+    return Job(config.to_dict(), manifest, cache, str(_claim(config)), threads_of(config))
+
+
+def open_banks(config: Config, manifest: str) -> dict[Split, ImageBank]:
+    """The bank of each split. Raises ValueError where one is too small for the configuration's episodes."""
+    banks = {split: open_bank(manifest, split, config.cache) for split in SPLITS}
+    for split, bank in banks.items():
+        episodes = config if split == "train" else config.evaluation
+        check_episodes(episodes, split, bank.name, bank.counts.tolist(), bank.classes)
+    return banks
+
+
+def read_config(run: Path) -> Config:
+    """The configuration of a run. Raises ValueError where there is none."""
+    try:
+        return Config.from_dict(json.loads((run / CONFIG).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{run} is no run ({CONFIG}: {error}); name a folder that scripts/train.py has made") from None
+
+
+def _claim(config: Config) -> Path:
+    """The run's folder, made or taken up again. Refuses one that was started with another configuration."""
+    run = make_folder(Path(config.storage).absolute() / config.run_name)
+    ours = config.to_dict()
+    if (run / CONFIG).exists():
+        theirs = read_config(run).to_dict()
+        for name in ours:
+            if name not in MAY_CHANGE and theirs[name] != ours[name]:
+                raise ValueError(
+                    f"run {config.run_name!r} was started with {name} {theirs[name]!r}, not {ours[name]!r}; "
+                    f"give another --name, or delete {run}"
+                )
+    (run / CONFIG).write_text(json.dumps(ours, indent=1) + "\n")
+    return run
+
+
+def make_folder(folder: Path) -> Path:
+    """Makes a folder in the storage. Raises ValueError where that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"storage ({folder.parent}) cannot be written ({error.strerror}); name another folder"
+        ) from None
+    return folder
+
+
+def write_facts(job: Job, worker: Worker) -> None:
+    """facts.json: on what the run trains now and with which code and data; W&B shows it beside the configuration."""
+    manifest = read_manifest(job.manifest)
+    facts = {
+        "commit": commit(),
+        "manifest": job.manifest,
+        "manifest_digest": manifest.digest,
+        "world_size": worker.world_size,
+        "threads": job.threads,
+        "device": torch.cuda.get_device_name() if worker.device.startswith("cuda") else "cpu",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    (Path(job.run) / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The git commit of this code, with -dirty where tracked files have changed; outside a checkout LGM_DIST_COMMIT."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("LGM_DIST_COMMIT", "")
+
+
+def write_result(run: Path, config: Config, test: Evaluation | None, memory: list[float]) -> None:
+    """result.json: figures of the finished run and of its checkpoint that was best on val."""
+    chosen = checkpoint.load_model(checkpoint.best(run))[2]
+    result: dict[str, Any] = {
+        "protocol": config.protocol,
+        "ways": config.evaluation.ways,
+        "shot": config.evaluation.shot,
+        "val/accuracy": chosen.val_accuracy,
+        "val/ci95": chosen.val_ci95,
+        "step": chosen.step,
+        "train/steps": config.steps,
+        "train/episodes": config.steps * config.meta_batch,
+        "train/seconds": max(row["seconds"] for row in read_metrics(run)),
+        "memory/peak_bytes": max(memory),
+    }
+    if test:
+        result |= {"test/accuracy": test.score.accuracy, "test/ci95": test.score.ci95, "test/episodes": test.episodes}
+    beside = run / f".{RESULT}.new"
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    beside.replace(run / RESULT)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """The result.json of a finished run. Raises ValueError where there is none."""
+    try:
+        result: dict[str, Any] = json.loads((run / RESULT).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run} has no result ({error}); train it to its end with scripts/train.py") from None
+    return result
+
+
+def device_of(config: Config) -> str:
+    """cuda or cpu."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def threads_of(config: Config) -> int:
+    """torch threads of a worker: its CPUs; in this process, what the caller or OMP_NUM_THREADS has set."""
+    if config.cpus_per_worker:
+        return config.cpus_per_worker
+    most = config.max_workers or config.workers
+    return max((os.cpu_count() or 1) // most, 1) if most else torch.get_num_threads()

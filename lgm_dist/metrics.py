@@ -1,0 +1,89 @@
+"""metrics.jsonl, the record of a run: one JSON object a line, written by rank 0 and never lost with it. Standard library.
+
+A row holds `step` (optimizer steps done), metrics such as `train/loss` under the keys that W&B shows too, and `seconds`
+of training so far.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends rows to the run's metrics.jsonl. Continues after `step`: rows that will come again are dropped."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        _drop_rows_after(run / METRICS, step)
+        self._file = (run / METRICS).open("a", buffering=1)
+        self._seconds = float(max((row.get("seconds", 0.0) for row in read_metrics(run)), default=0.0))
+        self._start = time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One row: metrics after `step` optimizer steps."""
+        row = {"step": step, **metrics, "seconds": round(self._seconds + time.monotonic() - self._start, 3)}
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """The run is over."""
+        self._file.close()
+
+
+class Tail:
+    """Follows a run's metrics.jsonl while it is written."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / METRICS
+        self._inode = self._seen = 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What has been added since the last look, whole lines only; all of it where a resumed run has replaced the file."""
+        try:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._seen = inode, 0
+                file.seek(self._seen)
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+        self._seen += sum(len(line) + 1 for line in lines)
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:  # the middle of a line: another file has the inode of an earlier one
+            self._seen = 0
+            return []
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl; a last line that a killed process left half-written is not one.
+
+    Raises ValueError, with the line's number, for a line that is no JSON object.
+    """
+    try:
+        lines = (run / METRICS).read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [_row(run / METRICS, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{path} is damaged at line {number}; mend or delete that line")
+    return row
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    rows = [row for row in read_metrics(path.parent) if row["step"] <= step]
+    beside = path.with_suffix(".new")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    beside.replace(path)

@@ -1,0 +1,74 @@
+"""Throughput of runs, and how it grows with workers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lgm_dist.report.records import Record
+from lgm_dist.report.tables import DASH, Table, by, episodes, fact
+
+
+def speed_of(record: Record) -> float | None:
+    """Median episodes/s of a run's steps; the first ones of each start are slow."""
+    found = [row["speed/episodes_per_s"] for row in record.rows if "speed/episodes_per_s" in row]
+    return statistics.median(found) if found else None
+
+
+def throughput(records: Sequence[Record]) -> Table | None:
+    """Speed and memory of each run."""
+    rows: list[tuple[str, ...]] = []
+    for record in records:
+        speed, c = speed_of(record), record.config
+        if speed is None or not c:
+            continue
+        memory = max((row.get("memory/peak_bytes", 0.0) for row in record.rows), default=0.0)
+        images = f"{speed * c.ways * (c.shot + c.query):,.0f}"
+        at = (
+            f"{c.ways}-way {c.shot}-shot {c.query}-query",
+            str(c.meta_batch),
+            *(fact(record, k) for k in ("world_size", "threads", "device")),
+        )
+        rows.append((record.name, *at, f"{speed:,.1f}", images, f"{memory / 2**30:.2f} GiB" if memory else DASH))
+    header = ("run", "episodes", ">meta-batch", ">workers", ">threads a worker", "device")
+    note = "Median over the steps, evaluations not counted; memory is the most that one worker had."
+    return Table("Throughput", (*header, ">episodes/s", ">images/s", ">peak memory"), rows, note) if rows else None
+
+
+class Scaling(NamedTuple):
+    """Episodes/s by number of workers, the same work otherwise."""
+
+    title: str
+    speeds: list[tuple[int, float, int]]
+    """Workers, mean over runs of their median episodes/s, number of runs; by workers."""
+
+
+def scalings(records: Sequence[Record]) -> list[Scaling]:
+    """For each kind of work that runs did with different numbers of workers."""
+    timed = [r for r in records if r.config and speed_of(r) and isinstance(r.facts.get("world_size"), int)]
+    found = []
+    for group in by(timed, _work).values():
+        sizes = by(group, lambda r: int(r.facts["world_size"]))
+        speeds = [(w, statistics.mean(speed_of(r) or 0.0 for r in rs), len(rs)) for w, rs in sorted(sizes.items())]
+        c = group[0].config
+        if len(speeds) > 1 and c:
+            found.append(Scaling(f"{episodes(c.ways, c.shot)}, {c.meta_batch} episodes a step", speeds))
+    return found
+
+
+def _work(record: Record) -> tuple[Any, ...]:
+    c = record.config
+    assert c
+    return c.data, c.ways, c.shot, c.query, c.protocol, c.meta_batch, c.model, fact(record, "device")
+
+
+def scaling_table(scaling: Scaling) -> Table:
+    """Speed-up and efficiency against the fewest workers."""
+    fewest, slowest, _ = scaling.speeds[0]
+    rows: list[tuple[str, ...]] = [
+        (str(w), str(runs), f"{speed:,.1f}", f"{speed / slowest:.2f}", f"{100 * speed / slowest * fewest / w:.0f} %")
+        for w, speed, runs in scaling.speeds
+    ]
+    header = (">workers", ">runs", ">episodes/s", ">speed-up", ">efficiency")
+    return Table(f"Scaling, {scaling.title}", header, rows)

@@ -1,0 +1,82 @@
+"""A run's folder before and after its training: the commit, what cannot be written or read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lgm_dist.config import Config
+from lgm_dist.data.manifest import read_manifest
+from lgm_dist.engine import Worker
+from lgm_dist.job import commit, make_folder, make_job, read_config, read_result, threads_of, write_facts
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a checkout, git's; where there is no git, as in a Ray job's upload, what submit.py has passed on."""
+    monkeypatch.setenv("LGM_DIST_COMMIT", "from-submit")
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert commit().removesuffix("-dirty") == head.stdout.strip()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == "from-submit"
+    monkeypatch.delenv("LGM_DIST_COMMIT")
+    assert commit() == ""
+
+
+def test_facts(small: Config, tiny: Path, tmp_path: Path) -> None:
+    job = make_job(dataclasses.replace(small, storage=str(tmp_path), name="run", workers=2, cpus_per_worker=3))
+    write_facts(job, Worker(rank=0, world_size=2))
+    facts = json.loads((tmp_path / "run/facts.json").read_text())
+    assert (facts["world_size"], facts["threads"], facts["device"]) == (2, 3, "cpu")
+    assert facts["manifest"] == str(tiny)
+    assert facts["manifest_digest"] == read_manifest(str(tiny)).digest
+
+
+def test_elastic_workers_share_the_cores_as_if_all_were_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lgm_dist.job.os.cpu_count", lambda: 8)
+    assert threads_of(Config(workers=1, max_workers=4)) == 2
+    assert threads_of(Config(workers=2)) == 4
+    assert threads_of(Config(workers=16)) == 1
+
+
+def test_storage_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"storage \(.*/file\) cannot be written \(Not a directory\); name another folder"
+    ):
+        make_folder(tmp_path / "file" / "run")
+    assert list(make_folder(tmp_path / "new" / "run").iterdir()) == []
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"is no run \(config.json: .*\); name a folder that scripts/train.py has made"
+    ):
+        read_config(tmp_path)
+    for text in ("{", "[1]", '{"lr": "fast"}', '{"nothing": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="is no run"):
+            read_config(tmp_path)
+    (tmp_path / "result.json").write_text('{"test/acc')
+    with pytest.raises(ValueError, match="has no result"):
+        read_result(tmp_path)
+
+
+def test_a_configuration_from_before_a_field_was_there_is_still_that_run(small: Config, tmp_path: Path) -> None:
+    """Runs of earlier versions have no eval_ways in their config.json; its default then was no other."""
+    config = dataclasses.replace(small, storage=str(tmp_path), name="run")
+    job = make_job(config)
+    values = config.to_dict()
+    for name in ("eval_ways", "eval_shot", "max_workers"):
+        del values[name]
+    (Path(job.run) / "config.json").write_text(json.dumps(values))
+    assert make_job(config) == job
+    with pytest.raises(ValueError, match="was started with eval_ways 0, not 2"):
+        make_job(dataclasses.replace(config, eval_ways=2))

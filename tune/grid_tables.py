@@ -1,0 +1,145 @@
+"""The ways × shots table as Markdown, CSV, LaTeX and JSON, from the folders of its cells' runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grid_cells import cross_scores, finished, run_of
+from spaces import images_per_step
+
+from lgm_dist.cli import leak_note, table
+from lgm_dist.config import Config
+from lgm_dist.job import FACTS, read_result
+
+MISSING = "—"
+HEADER = (
+    *("episodes", "test accuracy", "chance", "val accuracy", "episodes trained on", "images trained on"),
+    *("time", "memory a worker", "protocol"),
+)
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    MISSING: "---",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+LATEX |= {mark: f"\\{mark}" for mark in "%_&#${}"}
+Rows = list[dict[str, Any]]
+Table = tuple[Sequence[str], list[Sequence[str]]]
+"""Header and rows, as text."""
+
+
+def report(cells: list[Config], cross: bool, command: str) -> None:
+    """Prints the table of the finished cells and writes table.md, .csv, .tex and .json beside their runs; cross.csv too."""
+    cells = sorted(cells, key=lambda cell: (cell.ways, cell.shot))
+    folder, rows = Path(cells[0].storage), [row_of(cell) for cell in cells]
+    caption, origin = caption_of(cells, command)
+    tables: list[Table] = [(HEADER, [texts(row) for row in rows])]
+    values = {"caption": caption, "origin": origin, "cells": rows}
+    if cross:
+        tables.append(cross_table(cells))
+        values["cross"] = cross_rows(cells)
+        _write_csv(folder / "cross.csv", cross_rows(cells))
+    markdown = "\n".join([*(table(*parts) for parts in tables), caption, "", origin]) + "\n"
+    sys.stdout.write(f"\n{markdown}")
+    (folder / "table.md").write_text(markdown)
+    (folder / "table.tex").write_text(f"% {origin}\n" + "\n".join(latex(*parts, caption) for parts in tables))
+    _write_csv(folder / "table.csv", rows)
+    (folder / "table.json").write_text(json.dumps(values, indent=1) + "\n")
+    sys.stdout.write(f"written to {folder}/table.md, .csv, .tex and .json\n")
+
+
+def row_of(cell: Config) -> dict[str, Any]:
+    """What is known of a cell: result.json's figures (accuracies in 0 to 1) once it is finished."""
+    row: dict[str, Any] = {"cell": cell.name, "protocol": cell.protocol, "ways": cell.ways, "shot": cell.shot}
+    row |= {"chance": 1 / cell.ways, "leaks_label": cell.protocol == "paper"}
+    if finished(cell):
+        row |= read_result(run_of(cell)) | {"train/images": cell.steps * images_per_step(cell)}
+    return row
+
+
+def caption_of(cells: list[Config], command: str) -> tuple[str, str]:
+    """How the figures were measured and what they cannot be compared with; by which command, code and machine."""
+    tested = f"{cells[0].test_episodes:,} test" if cells[0].test_episodes else "no test"
+    mean = f"Mean and 95 % interval over {tested} and {cells[0].eval_episodes:,} val episodes; checkpoint best on val."
+    facts = [json.loads((run_of(cell) / FACTS).read_text()) for cell in cells if finished(cell)]
+    where = {f"commit {fact['commit'] or 'unknown'}, {fact['device']} ({fact['machine']})" for fact in facts}
+    origin = " ".join(f"`{command}`: {'; '.join(sorted(where)) or 'no cell is finished'}".split())
+    memory = "" if cells[0].workers else "Memory is the most that this process had so far, with earlier cells."
+    return " ".join(note for note in (mean, memory, *leak_note(cells[0].protocol).splitlines()) if note), origin
+
+
+def cross_table(cells: list[Config]) -> Table:
+    """The cells' networks down, the cells' test episodes across."""
+    rows: list[Sequence[str]] = []
+    for cell in cells:
+        scores = cross_scores(cell)
+        found = (scores.get(other.name) for other in cells)
+        rows.append([_named(cell.ways, cell.shot), *(_score(**score) if score else MISSING for score in found)])
+    rows.append(["chance", *(_chance(cell.ways) for cell in cells)])
+    return ["trained on / evaluated on", *(_named(cell.ways, cell.shot) for cell in cells)], rows
+
+
+def cross_rows(cells: list[Config]) -> Rows:
+    """The same as one row for each pair of cells that was evaluated."""
+    pairs = [(cell, other.name) for cell in cells for other in cells]
+    found = {(cell.name, other): cross_scores(cell).get(other) for cell, other in pairs}
+    return [{"trained_on": cell, "evaluated_on": other, **score} for (cell, other), score in found.items() if score]
+
+
+def texts(row: dict[str, Any]) -> Sequence[str]:
+    """A row of the table for reading, in the order of HEADER."""
+    trained = [MISSING] * 4
+    if "train/images" in row:
+        trained = [f"{row['train/episodes']:,}", f"{row['train/images']:,}"]
+        trained += [f"{row['train/seconds'] / 60:.1f} min", f"{row['memory/peak_bytes'] / 2**30:.2f} GiB"]
+    test, val = (
+        _score(row[f"{split}/accuracy"], row[f"{split}/ci95"]) if f"{split}/accuracy" in row else MISSING
+        for split in ("test", "val")
+    )
+    protocol = "paper: LEAKS THE LABEL" if row["leaks_label"] else row["protocol"]
+    return (_named(row["ways"], row["shot"]), test, _chance(row["ways"]), val, *trained, protocol)
+
+
+def latex(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """A table for \\usepackage{booktabs}, and below it what must be said of its figures."""
+    first, *lines = [" & ".join(_escaped(text) for text in row) + r" \\" for row in [header, *rows]]
+    begin = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", first, r"\midrule"]
+    end = [r"\bottomrule", r"\end{tabular}", rf"\par\smallskip{{\footnotesize {_escaped(caption)}\par}}"]
+    return "\n".join([*begin, *lines, *end]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(mark, mark) for mark in text)
+
+
+def _write_csv(path: Path, rows: Rows) -> None:
+    rows = [_numbers(row) for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a spreadsheet wants it: shares as percent, and named so; test/accuracy becomes test_accuracy_percent."""
+    shares = ("accuracy", "ci95", "chance")
+    names = {name: name.replace("/", "_") + "_percent" * name.endswith(shares) for name in row}
+    return {names[name]: round(100 * row[name], 4) if name.endswith(shares) else row[name] for name in row}
+
+
+def _named(ways: int, shot: int) -> str:
+    return f"{ways}-way {shot}-shot"
+
+
+def _chance(ways: int) -> str:
+    return f"{100 / ways:.3g} %"
+
+
+def _score(accuracy: float, ci95: float, **_: Any) -> str:
+    return f"{100 * accuracy:.2f} ± {100 * ci95:.2f} %"
