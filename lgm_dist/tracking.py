@@ -273,11 +273,11 @@ def _locked(run: Path) -> Iterator[None]:
 
 
 def _held(run: Path, wandb_id: str) -> tuple[set[int], int]:
-    """The steps in the offline folders of earlier starts, and DONE. A folder of a killed process lacks its tail."""
+    """The steps in the offline files of earlier starts, and DONE. A killed process left its file without its tail, or none."""
     steps: set[int] = set()
     done = 0
-    for folder in sorted(run.glob(f"wandb/offline-run-*-{wandb_id}")):
-        inspect = [sys.executable, "-P", "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    for file in sorted(run.glob(f"wandb/offline-run-*-{wandb_id}/*.wandb")):
+        inspect = [sys.executable, "-P", "-m", "wandb", "leet", "inspect", "--json", str(file)]
         lines = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.splitlines()
         for record in map(json.loads, lines):
             if record["type"] == "history":

@@ -17,10 +17,13 @@ def folders(run: Path) -> list[Path]:
 
 
 def inspect(folder: Path) -> Records:
-    """All records of an offline folder."""
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=60)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    """All records of an offline folder; none where its start was killed before W&B had made the file."""
+    wandb = str(Path(sys.executable).parent / "wandb")
+    lines: list[bytes] = []
+    for file in folder.glob("*.wandb"):
+        command = [wandb, "leet", "inspect", "--json", str(file)]
+        lines += subprocess.run(command, check=True, capture_output=True, timeout=60).stdout.splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def of_type(records: Records, kind: str) -> Records:

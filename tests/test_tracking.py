@@ -187,6 +187,18 @@ def test_a_killed_driver_loses_no_row(tmp_path: Path) -> None:
     assert len(folders(tmp_path)) == 2
 
 
+def test_a_start_that_was_killed_before_its_file_was_made(tmp_path: Path) -> None:
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        write_all(tmp_path, 2)
+    wandb_id = (tmp_path / "wandb-id").read_text().strip()
+    (tmp_path / f"wandb/offline-run-29990101_000000-{wandb_id}").mkdir()
+    write_all(tmp_path, 3)
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        pass
+    assert (mirror.logged, mirror.failure) == (1, "")
+    assert steps(tmp_path) == [1, 2, 3]
+
+
 def test_two_at_once(tmp_path: Path) -> None:
     runs = [tmp_path / "trial-000", tmp_path / "trial-001"]
     for run in runs:
