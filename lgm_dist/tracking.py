@@ -228,6 +228,7 @@ def _log_evaluation(run: Path, config: Config, checkpoint: Path, data: str, resu
 
 
 def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_type: str, **more: Any) -> Any:
+    _leave_service()
     import wandb
 
     tracked = wandb.init(
@@ -249,6 +250,13 @@ def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_typ
         tracked.define_metric(glob, step_metric="step")
     tracked.define_metric("val/accuracy", step_metric="step", summary="max")
     return tracked
+
+
+def _leave_service() -> None:
+    """Forgets the W&B service of a parent process, which would outlive this one and keep its runs' ids in use after a kill."""
+    owner = os.environ.get("WANDB_SERVICE", "").split("-")[1:2]  # version-pid-kind-place
+    if owner != [str(os.getpid())]:
+        os.environ.pop("WANDB_SERVICE", None)
 
 
 def _wandb_id(run: Path) -> str:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import shlex
+import signal
 import socket
 import sys
 import textwrap
@@ -272,6 +273,7 @@ async def _show_logs(client: Any, job: str) -> None:
     """Prints the log as it grows, each character once, also where the connection is lost in between."""
     import aiohttp
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's cancels this task, which aiohttp may swallow
     shown = 0
     while True:
         position = 0  # the log comes from its start at each connection

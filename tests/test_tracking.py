@@ -168,7 +168,11 @@ with tracking.Mirror(run, Config(wandb=sys.argv[4], name="a-run")) as mirror:
 """
 
 
-def test_a_killed_driver_loses_no_row(tmp_path: Path) -> None:
+def test_a_killed_driver_loses_no_row(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    write_all(other := tmp_path_factory.mktemp("other"), 1)
+    with Mirror(other, OFFLINE):
+        pass
+    assert "WANDB_SERVICE" in os.environ, "this process's service, which the driver would share"
     command = [sys.executable, "-c", DRIVER, str(tmp_path), "300", "0.001", "offline"]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert driver.stdout
