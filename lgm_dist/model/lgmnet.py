@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
+from lgm_dist.model.first_block import first_block
 from lgm_dist.model.norm import AllReduce, Norm
 
 
@@ -27,12 +28,16 @@ class Extractor(nn.Module):
         channels = (config.channels, config.filters, config.filters, config.filters)
         self.convs = nn.ModuleList(_conv3x3(c, config.filters) for c in channels)
         self.norms = nn.ModuleList(Norm(config) for _ in channels)
+        self.in_pieces = config.norm == "batch" and config.norm_scope != "episode"
 
     def forward(self, x: Tensor, episodes: int) -> Tensor:
         """x (n, C, H, W), the images of `episodes` episodes -> (n, F, h, w); h = w = 4 for 32 x 32 images."""
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+        blocks = list(zip(self.convs, self.norms, strict=True))
+        if self.training and self.in_pieces and x.device.type == "cpu" and not x.requires_grad:
+            x = first_block(x, *blocks.pop(0))  # (n, F, ceil(h / 2), ceil(w / 2))
+        for conv, norm in blocks:
             x = F.relu_(norm(conv(x), episodes))  # (n, F, h, w)
-            if i < 3:
+            if conv is not self.convs[-1]:
                 x = _pool(x)  # (n, F, ceil(h / 2), ceil(w / 2))
         return x
 

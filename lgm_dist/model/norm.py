@@ -18,6 +18,9 @@ from lgm_dist.config import ModelConfig
 
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all workers, in place."""
+Moments = tuple[Tensor, Tensor, float]
+"""Mean (F,) and population variance (F,) of each channel, and how many values of a channel they are of."""
+_VALUES_AT_ONCE = 16 * 1024
 
 
 class Norm(nn.Module):
@@ -53,7 +56,7 @@ class Norm(nn.Module):
         if self.scope == "episode":
             return self._per_episode(x, episodes)
         if self.scope == "global" and self.all_reduce is not None:
-            return self._over_workers(x, self.all_reduce)
+            return self._over_workers(x)
         return self._over_this_worker(x)
 
     def _over_this_worker(self, x: Tensor) -> Tensor:
@@ -66,13 +69,41 @@ class Norm(nn.Module):
         self._follow(mean, var)
         return y
 
-    def _over_workers(self, x: Tensor, all_reduce: AllReduce) -> Tensor:
-        mean, var, count = _global_statistics(x, all_reduce)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        y: Tensor = _NormOverWorkers.apply(x, self.weight, self.bias, mean, var, count, self.epsilon, all_reduce)
+    def _over_workers(self, x: Tensor) -> Tensor:
+        mean, var, count = self.settle(*moments(x))
+        y: Tensor = _NormOverWorkers.apply(x, self.weight, self.bias, mean.to(x.dtype), var.to(x.dtype), count, self)
         return y
+
+    @torch.no_grad()
+    def settle(self, mean: Tensor, var: Tensor, count: float) -> Moments:
+        """The moments to normalise with, where this worker's are those given; moves the averages. Not for scope episode."""
+        if self.scope == "global" and self.all_reduce is not None:
+            mean, var, count = _over_all(mean, var, count, self.all_reduce)
+        unbiased = var * (count / max(count - 1, 1))
+        if self.scope == "worker":
+            self._follow(mean, unbiased)
+        else:
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return mean, var, count
+
+    def input_gradient(
+        self, weight: Tensor, grad_weight: Tensor, grad_bias: Tensor, mean: Tensor, var: Tensor, count: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """scale, slope, offset (F,) that make the gradient of the normalisation's input x: scale * grad + slope * x + offset.
+
+        `grad_weight` and `grad_bias` are this worker's sums of grad * normalised x and of grad; the other three as `settle`
+        has returned them.
+        """
+        total = torch.stack([grad_weight, grad_bias]).double()  # (2, F)
+        if self.scope == "global" and self.all_reduce is not None:
+            self.all_reduce(total)
+        mean_grad_x, mean_grad = (total / count).to(weight.dtype)  # (F,)
+        # weight / std * (grad - mean_grad - x_normalised * mean_grad_x)
+        inverse_std = torch.rsqrt(var + self.epsilon)
+        scale = weight * inverse_std
+        slope = -scale * inverse_std * mean_grad_x
+        return scale, slope, -scale * mean_grad - slope * mean
 
     def _per_episode(self, x: Tensor, episodes: int) -> Tensor:
         x5 = x.unflatten(0, (episodes, -1))  # (B, n, F, h, w)
@@ -91,24 +122,52 @@ class Norm(nn.Module):
         statistics = torch.stack([mean, var, torch.ones_like(mean)])  # (3, F)
         if self.all_reduce is not None:
             self.all_reduce(statistics)
+        statistics = statistics.to(self.running_mean.dtype)
         self.running_mean.lerp_(statistics[0] / statistics[2], self.momentum)
         self.running_var.lerp_(statistics[1] / statistics[2], self.momentum)
 
 
 @torch.no_grad()
-def _global_statistics(x: Tensor, all_reduce: AllReduce) -> tuple[Tensor, Tensor, float]:
-    """Mean (F,) and population variance (F,) of x (n, F, h, w) over all workers, and the number of values of a channel.
+def moments(x: Tensor) -> Moments:
+    """Of x (n, F, h, w), in float64: first means, then what is left of them, many times faster than torch.var_mean on a CPU."""
+    size = max(_VALUES_AT_ONCE // (x.shape[2] * x.shape[3]), 1)
+    return union([_moments(piece) for piece in x.split(size)])
 
-    One collective; in float64, so that the mean's square may be taken off the mean square.
+
+def _moments(x: Tensor) -> Moments:
+    """In two passes, for which x had best fit into the cache."""
+    mean = x.mean((0, 2, 3))  # (F,)
+    rest = x - mean[:, None, None]  # (n, F, h, w)
+    left = rest.mean((0, 2, 3)).double()  # (F,)
+    var = rest.square_().mean((0, 2, 3)).double() - left.square()  # (F,)
+    return mean.double() + left, var, x.numel() / x.shape[1]
+
+
+def union(parts: list[Moments]) -> Moments:
+    """Moments of all values, from those of their parts."""
+    means, variances = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])  # (p, F)
+    counts = torch.tensor([part[2] for part in parts], dtype=means.dtype, device=means.device)[:, None]  # (p, 1)
+    share = counts / counts.sum()  # (p, 1)
+    mean = (share * means).sum(0)  # (F,)
+    return mean, (share * (variances + (means - mean).square())).sum(0), sum(part[2] for part in parts)
+
+
+def _over_all(mean: Tensor, var: Tensor, count: float, all_reduce: AllReduce) -> Moments:
+    """The moments of the values of all workers, from those of each, in one collective.
+
+    In float64, so that the mean's square may be taken off the mean square.
     """
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)  # (F,)
-    mean, var = mean.double(), var.double()
-    count = torch.full_like(mean[:1], x.numel() / x.shape[1])  # (1,)
-    total = torch.cat([count, count * mean, count * (var + mean * mean)])  # (1 + 2F,)
+    n = torch.full_like(mean[:1], count)  # (1,)
+    total = torch.cat([n, n * mean, n * (var + mean * mean)])  # (1 + 2F,)
     all_reduce(total)
-    n = float(total[0])
-    mean, square = (total[1:] / n).chunk(2)  # (F,)
-    return mean.to(x.dtype), (square - mean * mean).clamp_min(0).to(x.dtype), n
+    count = float(total[0])
+    mean, square = (total[1:] / count).chunk(2)  # (F,)
+    return mean, (square - mean * mean).clamp_min(0), count
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale (F,) * x (n, F, h, w) + shift (F,), in one pass."""
+    return F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
 
 
 class _NormOverWorkers(torch.autograd.Function):
@@ -116,36 +175,19 @@ class _NormOverWorkers(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        count: float,
-        epsilon: float,
-        all_reduce: AllReduce,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, count: float, norm: Norm
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.count, ctx.epsilon, ctx.all_reduce = count, epsilon, all_reduce
-        return F.batch_norm(x, mean, var, weight, bias, eps=epsilon)
+        ctx.count, ctx.norm = count, norm
+        return F.batch_norm(x, mean, var, weight, bias, eps=norm.epsilon)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight, mean, var = ctx.saved_tensors
-        # In its evaluation mode the native kernel gives just the two sums needed: of grad * normalised x, and of grad.
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.epsilon, [False, True, True]
+            grad, x, weight, mean, var, None, None, False, ctx.norm.epsilon, [False, True, True]
         )
-        total = torch.stack([grad_weight, grad_bias]).double()  # (2, F)
-        ctx.all_reduce(total)
-        mean_grad_x, mean_grad = (total / ctx.count).to(x.dtype)  # (F,)
-        # weight / std * (grad - mean_grad - x_normalised * mean_grad_x), written as scale * grad + (slope * x + offset)
-        inverse_std = torch.rsqrt(var + ctx.epsilon)
-        scale = weight * inverse_std
-        slope = -scale * inverse_std * mean_grad_x
-        offset = -scale * mean_grad - slope * mean
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        affine = F.batch_norm(x, zero, one, slope, offset, eps=0.0)  # (n, F, h, w)
-        return affine.addcmul_(grad, scale[:, None, None]), grad_weight, grad_bias, None, None, None, None, None
+        scale, slope, offset = ctx.norm.input_gradient(weight, grad_weight, grad_bias, mean, var, ctx.count)
+        grad_x = affine(x, slope, offset).addcmul_(grad, scale[:, None, None])  # (n, F, h, w)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
