@@ -33,8 +33,12 @@ class Extractor(nn.Module):
     def forward(self, x: Tensor, episodes: int) -> Tensor:
         """x (n, C, H, W), the images of `episodes` episodes -> (n, F, h, w); h = w = 4 for 32 x 32 images."""
         blocks = list(zip(self.convs, self.norms, strict=True))
+        conv, norm = blocks[0]
         if self.training and self.in_pieces and x.device.type == "cpu" and not x.requires_grad:
-            x = first_block(x, *blocks.pop(0))  # (n, F, ceil(h / 2), ceil(w / 2))
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, Norm)
+            x = first_block(x, conv, norm)  # (n, F, ceil(h / 2), ceil(w / 2))
+            del blocks[0]
         for conv, norm in blocks:
             x = F.relu_(norm(conv(x), episodes))  # (n, F, h, w)
             if conv is not self.convs[-1]:
