@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lgm_dist import checkpoint, plots
+from lgm_dist.allocator import keep_freed_memory
 from lgm_dist.analysis import analyse
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import SPLITS, Config
@@ -80,6 +81,7 @@ def train(job: Job, report: Report | None = None) -> None:
     if config.workers:
         _train_with_ray(job, config)
     else:
+        keep_freed_memory()
         torch.set_num_threads(job.threads)
         with _stop_on_signals(Path(job.run)):
             train_fn(job, Worker(device=device_of(config)), report)
@@ -278,6 +280,7 @@ def _ray_worker(values: dict[str, Any]) -> None:
 
     logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # else a line for each report of each worker
     job, context = Job(**values), ray.train.get_context()
+    keep_freed_memory()
     torch.set_num_threads(job.threads)  # Ray starts workers with OMP_NUM_THREADS=1
     world_size, device = context.get_world_size(), str(ray.train.torch.get_device())
     train_fn(job, Worker(context.get_world_rank(), world_size, device, all_reduce if world_size > 1 else None), _report)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     "config": 0,
-    **dict.fromkeys(("data", "model", "cli", "flags", "metrics"), 1),
+    **dict.fromkeys(("allocator", "data", "model", "cli", "flags", "metrics"), 1),
     "engine": 2,
     **dict.fromkeys(("checkpoint", "progress"), 3),
     **dict.fromkeys(("job", "analysis", "sweeps", "panels"), 4),

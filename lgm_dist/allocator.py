@@ -1,0 +1,23 @@
+"""The C library's allocator, told to keep what is freed. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Makes this process reuse freed memory of any size instead of returning it; True where the C library can do so.
+
+    glibc gives blocks of more than some MiB back to the kernel when they are freed, and the kernel clears each page when it
+    is next asked for. A training step allocates and frees the same hundreds of MiB every time; with large meta-batches that
+    cost more than a third of it.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # not glibc
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))

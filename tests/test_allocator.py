@@ -1,0 +1,31 @@
+"""Freed memory is reused: the kernel hands out no page anew."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, torch
+from lgm_dist.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 * 2**20 // 4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_a_block_of_64_mib_is_not_cleared_by_the_kernel_every_time() -> None:
+    pages = 64 * 2**20 // 4096
+    assert faults("keep") < pages / 10
+    assert faults("leave") >= pages / 10, "else this test shows nothing"
