@@ -12,8 +12,8 @@ import resource, sys, torch
 from lgm_dist.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(40):  # glibc takes some blocks until one fits that it has been given back, as they are aligned
     torch.ones(64 * 2**20 // 4)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -26,6 +26,6 @@ def faults(how: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_a_block_of_64_mib_is_not_cleared_by_the_kernel_every_time() -> None:
-    pages = 64 * 2**20 // 4096
-    assert faults("keep") < pages / 10
-    assert faults("leave") >= pages / 10, "else this test shows nothing"
+    pages = 40 * 64 * 2**20 // 4096
+    assert faults("keep") < pages / 2
+    assert faults("leave") > pages * 0.9, "else this test shows nothing"
