@@ -170,15 +170,23 @@ def sample_episodes(bank: ImageBank, config: Config, split: Split, start: int, c
 
     Raises ValueError as draw_rows does.
     """
-    rows = draw_rows(bank, config, split, start, count)
-    every = np.concatenate([rows.support, rows.query], axis=1)  # (B, S+T)
-    images = _normalised(_augmented(_gather(bank, every.ravel()), rows, config), bank, config)  # (B*(S+T), C, H, W)
+    pixels, rows = gather_episodes(bank, config, split, start, count)  # (B, S+T, H, W, C)
+    images = _normalised(_augmented(pixels.reshape(-1, *pixels.shape[2:]), rows, config), bank, config)
     return EpisodeBatch(
-        images=images.unflatten(0, every.shape),  # (B, S+T, C, H, W)
+        images=images.unflatten(0, pixels.shape[:2]),  # (B, S+T, C, H, W)
         labels=torch.from_numpy(rows.labels),
         noise=draw_noise(config, split, start, count, 1)[0],
         rows=rows,
     )
+
+
+def gather_episodes(
+    bank: ImageBank, config: Config, split: Split, start: int, count: int
+) -> tuple[npt.NDArray[np.uint8], EpisodeRows]:
+    """The same episodes' images as they lie in the bank, (B, S + T, H, W, C), support first, and what was drawn."""
+    rows = draw_rows(bank, config, split, start, count)
+    every = np.concatenate([rows.support, rows.query], axis=1)  # (B, S+T)
+    return _gather(bank, every.ravel()).reshape(*every.shape, *bank.images.shape[1:]), rows
 
 
 def load_images(bank: ImageBank, config: Config, rows: Index) -> Tensor:

@@ -1,0 +1,74 @@
+"""Episodes from memory: ours, the same written plainly in numpy, and the in-memory loaders of other packages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
+from lgm_dist.config import Config
+from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.episodes import gather_episodes, sample_episodes
+
+EPISODES = 64
+CONFIG = Config(ways=5, shot=1, query=15, augment=False)
+HEADER = ("episodes ready for the model", "episodes/s", "to plain numpy")
+
+
+def data(bank: ImageBank, rounds: int, threads: int = 2) -> Section:
+    """5-way 1-shot 15-query episodes a second, sampling and gathering, in one process."""
+    torch.set_num_threads(threads)
+    position = iter(range(0, 1 << 30, EPISODES))
+    contenders: dict[str, Callable[[], object]] = {
+        "lgm_dist, uint8": lambda: gather_episodes(bank, CONFIG, "train", next(position), EPISODES),
+        "plain numpy, uint8": lambda: plainly(bank, False),
+        "lgm_dist, normalised float32": lambda: sample_episodes(bank, CONFIG, "train", next(position), EPISODES),
+        "plain numpy, normalised float32": lambda: plainly(bank, True),
+        "lgm_dist, augmented, normalised": lambda: sample_episodes(
+            bank, replace(CONFIG, augment=True), "train", next(position), EPISODES
+        ),
+    }
+    found = in_turn({name: _timed(work) for name, work in contenders.items()}, rounds, warmup=3)
+    rows = []
+    for name, seconds in found.items():
+        base = found["plain numpy, uint8" if "uint8" in name else "plain numpy, normalised float32"]
+        against = "" if "plain" in name else ratio(base, seconds).text(2)
+        rows.append((name, _rate(seconds).text(0), against))
+    note = (
+        f"5-way 1-shot 15-query, {bank.name} ({len(bank.images):,} images of {bank.images.shape[1]} x {bank.images.shape[2]}), "
+        f"{threads} threads; median [smallest, largest] of {rounds} rounds of {EPISODES} episodes in turn."
+    )
+    return Section("data", "scripts/bench.py data", HEADER, rows, note, {"seconds": plain(found)})
+
+
+def _timed(work: Callable[[], object]) -> Callable[[], float]:
+    def run() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return run
+
+
+def _rate(seconds: Spread) -> Spread:
+    return seconds.each(lambda s: EPISODES / s)
+
+
+def plainly(bank: ImageBank, normalise: bool) -> np.ndarray:
+    """EPISODES episodes as one would write it: (episodes, 80, H, W, C), or (episodes, 80, C, H, W) normalised."""
+    random, images = np.random.default_rng(0), np.asarray(bank.images)
+    mean, std = np.array(bank.mean, np.float32), np.array(bank.std, np.float32)
+    found = []
+    for _ in range(EPISODES):
+        classes = random.choice(len(bank.classes), CONFIG.ways, replace=False)
+        rows = [
+            bank.offsets[c] + random.choice(int(bank.counts[c]), CONFIG.shot + CONFIG.query, replace=False)
+            for c in classes
+        ]
+        episode = images[np.concatenate(rows)]  # (80, H, W, C)
+        found.append(((episode.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2) if normalise else episode)
+    return np.stack(found)

@@ -1,0 +1,134 @@
+"""Training steps, each contender in a process of its own: its allocator, threads and peak memory are not another's.
+
+echo go | python -m lgm_dist.bench.steps '{"kind": "ours", "ways": 5, ...}'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from lgm_dist.allocator import keep_freed_memory
+from lgm_dist.config import Config
+from lgm_dist.data.episodes import EpisodeBatch, EpisodeRows
+from lgm_dist.engine import make_optimizer, train_step
+from lgm_dist.model import LGMNet
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "tests/reference.py"
+"""The network as plain as it can be written; a checkout has it, an installed package does not."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a contender trains: `kind` is ours, plain (the reference) or plain-kept (likewise, with our allocator's setting)."""
+
+    kind: str
+    ways: int = 5
+    shot: int = 1
+    queries: int = 1
+    """T, of an episode."""
+    meta_batch: int = 32
+    size: int = 32
+    threads: int = 2
+
+
+def batch_of(steps: Steps) -> EpisodeBatch:
+    """Random episodes, always the same."""
+    random = np.random.default_rng(0)
+    b, s, t = steps.meta_batch, steps.ways * steps.shot, steps.queries
+    images = random.standard_normal((b, s + t, steps.size, steps.size, 3), np.float32)
+    nothing = np.zeros((b, s), np.int64)
+    rows = EpisodeRows(nothing, np.zeros((b, t), np.int64), random.integers(0, steps.ways, (b, t)), nothing)
+    noise = torch.from_numpy(random.standard_normal((b, 2, 32), np.float32))
+    return EpisodeBatch(torch.from_numpy(images).permute(0, 1, 4, 2, 3), torch.from_numpy(rows.labels), noise, rows)
+
+
+def stepper(steps: Steps) -> Callable[[], float]:
+    """A function that takes one optimizer step and returns its loss."""
+    torch.set_num_threads(steps.threads)
+    if steps.kind != "plain":
+        keep_freed_memory()
+    torch.manual_seed(0)
+    config, batch = Config(ways=steps.ways, shot=steps.shot, meta_batch=steps.meta_batch), batch_of(steps)
+    model = LGMNet().train()
+    optimizer = make_optimizer(model, config)
+    if steps.kind == "ours":
+        return lambda: float(train_step(model, optimizer, batch, config, 0)[0])
+    network = _reference().EagerLGMNet(model.state_dict(keep_vars=True))
+    plain = replace(batch, images=batch.images.contiguous())
+
+    def step() -> float:
+        log_p = network(plain.support, plain.query, steps.ways, plain.noise)
+        loss = F.nll_loss(log_p.flatten(0, 1), plain.labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def _reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", REFERENCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def contender(steps: Steps) -> Iterator[Callable[[], dict[str, float]]]:
+    """A process that takes one step a call: {"seconds", "loss", "peak_bytes"}; it sleeps in between."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(steps.threads)}
+    command = [sys.executable, "-m", "lgm_dist.bench.steps", json.dumps(asdict(steps))]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+
+    def step() -> dict[str, float]:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        found: dict[str, float] = json.loads(process.stdout.readline())
+        return found
+
+    try:
+        yield step
+    finally:
+        assert process.stdin
+        process.stdin.close()
+        process.wait()
+
+
+def main(argument: str) -> None:
+    """The contender's process: a line of JSON for each line that it is given."""
+    values: dict[str, Any] = json.loads(argument)
+    step = stepper(Steps(**values))
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss = step()
+        seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        sys.stdout.write(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": peak}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,100 @@
+"""The benchmark measures what it says: turns, ratios, FLOPs, and each part on something small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lgm_dist.bench import loading, measure, network, training
+from lgm_dist.bench.measure import Spread, in_turn, ratio
+from lgm_dist.bench.steps import ROOT, Steps, contender
+from lgm_dist.data import open_bank
+
+TINY = {"meta_batch": 2, "size": 8, "threads": 1}
+
+
+def test_contenders_take_turns_and_the_first_rounds_do_not_count() -> None:
+    calls: list[str] = []
+
+    def contender(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    found = in_turn({"a": lambda: contender("a"), "b": lambda: contender("b")}, rounds=2, warmup=1)
+    assert "".join(calls) == "ababab"
+    assert (found["a"].values, found["b"].values) == ((3.0, 5.0), (4.0, 6.0))
+
+
+def test_ratios_pair_the_rounds() -> None:
+    found = ratio(Spread((2.0, 9.0, 8.0)), Spread((1.0, 3.0, 4.0)))
+    assert found.values == (2.0, 3.0, 2.0)
+    assert found.text() == "2.0 [2.0, 3.0]"
+    assert Spread((1000.0, 3000.0, 2000.0)).text(0) == "2,000 [1,000, 3,000]"
+
+
+@pytest.mark.parametrize(
+    ("ways", "shot", "size", "millions"),
+    [(5, 1, 32, 552.3), (5, 5, 32, 2361.6), (20, 1, 32, 1909.3), (5, 1, 84, 3785.6), (5, 5, 84, 16479.3)],
+)
+def test_flops_are_those_of_the_specification(ways: int, shot: int, size: int, millions: float) -> None:
+    """The table of lgmnet-spec.md section 9, whose figures leave the cosine out."""
+    assert network.flops(Steps("ours", ways, shot, size=size)) / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+def test_ours_and_the_plain_network_take_the_same_steps() -> None:
+    kinds = {kind: Steps(kind, 3, 2, queries=2, **TINY) for kind in ("ours", "plain", "plain-kept")}
+    found, losses = network.race(kinds, rounds=2)
+    assert {len(spread.values) for spread in found.values()} == {2}
+    assert losses["ours"] == pytest.approx(losses["plain"], abs=1e-5)
+    assert losses["plain"] == losses["plain-kept"]
+
+
+def test_a_contender_says_how_much_memory_it_took() -> None:
+    with contender(Steps("ours", 2, 1, **TINY)) as take:
+        found = [take() for _ in range(2)]
+    assert found[0]["loss"] != found[1]["loss"], "it trains"
+    assert 50e6 < found[0]["peak_bytes"] <= found[1]["peak_bytes"] < 2e9
+
+
+def test_the_network_is_measured_with_torch_and_numpy_alone() -> None:
+    blocked = ("webdataset", "PIL", "torchvision", "pyarrow", "tqdm", "ray", "wandb", "tyro", "matplotlib", "sklearn")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+    code += "import bench; from lgm_dist.bench import network, measure\n"
+    code += "s = network.step(1, ((2, 1),)); print(s.markdown); print(measure.facts()['torch'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "| 2-way 1-shot | " in done.stdout
+
+
+def test_loading_covers_every_contender(tiny: Path) -> None:
+    bank = open_bank(tiny, "train")
+    section = loading.data(bank, 1, threads=1)
+    assert [row[0] for row in section.rows if "plain" not in row[0]] == [
+        "lgm_dist, uint8",
+        "lgm_dist, normalised float32",
+        "lgm_dist, augmented, normalised",
+    ]
+    assert all(float(row[2].split()[0]) > 0 for row in section.rows if "plain" not in row[0])
+
+
+def test_two_workers_are_timed() -> None:
+    assert training._ddp(2) > 0
+
+
+@pytest.mark.parametrize(("words", "sentence"), [(["step", "--rounds", "0"], "rounds (0) must be at least 1")])
+def test_bad_input_is_one_sentence(words: list[str], sentence: str) -> None:
+    done = subprocess.run([sys.executable, "scripts/bench.py", *words], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, f"bench.py: {sentence}\n")
+
+
+def test_figures_are_written_with_what_they_were_measured_on(tmp_path: Path) -> None:
+    section = measure.Section("x", "scripts/bench.py x", ("a",), [("1",)], "n = 1", {"seconds": [1.0]})
+    measure.write([section], tmp_path / "out/bench.json")
+    found = json.loads((tmp_path / "out/bench.json").read_text())
+    assert found["x"]["seconds"] == [1.0]
+    assert found["facts"]["threads"] >= 1
+    assert "| a |\n|---|\n| 1 |\n\nn = 1\n" in section.markdown
