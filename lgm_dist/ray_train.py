@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lgm_dist import checkpoint, plots
+from lgm_dist import checkpoint
 from lgm_dist.allocator import keep_freed_memory
-from lgm_dist.analysis import analyse
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import SPLITS, Config
 from lgm_dist.data import open_bank, sample_episodes
@@ -89,6 +88,9 @@ def train(job: Job, report: Report | None = None) -> None:
 
 def picture(job: Job) -> None:
     """Analyses the best checkpoint of a finished run and draws its pictures."""
+    from lgm_dist import plots  # here, as matplotlib takes a second of every start
+    from lgm_dist.analysis import analyse
+
     run, bank = Path(job.run), open_bank(job.manifest, "val", job.cache)
     analyse(run, bank)
     plots.curves(run)

@@ -1,4 +1,7 @@
-"""The benchmark: `scripts/bench.py all --markdown` prints the README's tables. The network's parts need torch and numpy alone."""
+"""The benchmark: `scripts/bench.py all --markdown` prints the README's tables.
+
+Its parts step, floor, memory and growth need torch and numpy alone.
+"""
 
 from __future__ import annotations
 
