@@ -97,7 +97,8 @@ def train_step(
     """
     set_rates(optimizer, config, step)
     noise = batch.noise if config.noise == "sample" else None
-    log_p = model(batch.support, batch.query, config.ways, noise)  # (B, T, N)
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        log_p = model(batch.support, batch.query, config.ways, noise)  # (B, T, N) float32
     loss = weight * F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
     optimizer.zero_grad()
     loss.backward()

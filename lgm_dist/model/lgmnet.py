@@ -34,7 +34,8 @@ class Extractor(nn.Module):
         """x (n, C, H, W), the images of `episodes` episodes -> (n, F, h, w); h = w = 4 for 32 x 32 images."""
         blocks = list(zip(self.convs, self.norms, strict=True))
         conv, norm = blocks[0]
-        if self.training and self.in_pieces and x.device.type == "cpu" and not x.requires_grad:
+        in_pieces = self.in_pieces and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if self.training and in_pieces and not x.requires_grad:
             assert isinstance(conv, nn.Conv2d)
             assert isinstance(norm, Norm)
             x = first_block(x, conv, norm)  # (n, F, ceil(h / 2), ceil(w / 2))
@@ -175,9 +176,11 @@ def match(support: Tensor, query: Tensor, ways: int) -> Tensor:
     Softmax of the cosine similarities over all support images, without a temperature; a class's probability is the sum over
     its images.
     """
-    similarities = _unit(query) @ _unit(support).transpose(1, 2)  # (B, T, S)
-    by_class: Tensor = similarities.log_softmax(-1).unflatten(2, (ways, -1))  # (B, T, N, K)
-    return by_class.logsumexp(-1)  # (B, T, N)
+    with torch.autocast(query.device.type, enabled=False):  # similarities differ by less than bfloat16 can tell
+        query, support = (x.float() if x.dtype == torch.bfloat16 else x for x in (query, support))
+        similarities = _unit(query) @ _unit(support).transpose(1, 2)  # (B, T, S)
+        by_class: Tensor = similarities.log_softmax(-1).unflatten(2, (ways, -1))  # (B, T, N, K)
+        return by_class.logsumexp(-1)  # (B, T, N)
 
 
 def _unit(x: Tensor) -> Tensor:
