@@ -168,6 +168,8 @@ class Mirror:
             )
             with contextlib.suppress(Exception):
                 self._wandb.finish(exit_code=1)
+            if isinstance(error, ConnectionError):
+                _forget_service()
 
 
 def replay(run: Path, config: Config) -> tuple[int, int] | None:
@@ -178,7 +180,7 @@ def replay(run: Path, config: Config) -> tuple[int, int] | None:
     rows = read_metrics(run)
     mirror = Mirror(run, config, *place(run))
     with mirror:
-        pass
+        wandb.teardown()
     return None if mirror.failure else (mirror.logged, len(rows) - mirror.logged)
 
 
@@ -250,6 +252,14 @@ def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_typ
         tracked.define_metric(glob, step_metric="step")
     tracked.define_metric("val/accuracy", step_metric="step", summary="max")
     return tracked
+
+
+def _forget_service() -> None:
+    """W&B's service is gone, as after `ray job stop`, which ends it too: else W&B fails once more at exit, with a traceback."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def _leave_service() -> None:

@@ -476,6 +476,31 @@ def test_a_run_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert mended(tmp_path, 5)
 
 
+SERVICE_ENDS = """
+import os, signal, sys
+from pathlib import Path
+from lgm_dist.config import Config
+from lgm_dist.metrics import MetricsLog
+from lgm_dist.tracking import Mirror
+run = Path(sys.argv[1])
+log = MetricsLog(run, 0)
+log.write(1, {})
+with Mirror(run, Config(wandb="offline")) as mirror:
+    while not mirror.logged:
+        pass
+    os.kill(int(os.environ["WANDB_SERVICE"].rsplit("/", 1)[0].split("-")[-2]), signal.SIGKILL)
+    log.write(2, {})
+print("the run goes on")
+"""
+
+
+def test_the_end_of_wandbs_own_process_is_one_sentence(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SERVICE_ENDS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "the run goes on\n")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"W&B does not hold all of {tmp_path} (")
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     """W&B's own process may write 20,000 bytes to a file, and says nothing when it cannot write more."""
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
