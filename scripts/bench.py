@@ -13,6 +13,8 @@ from pathlib import Path
 from lgm_dist.bench import loading, measure, network
 from lgm_dist.bench.measure import Section
 from lgm_dist.cli import status_of
+from lgm_dist.config import Split
+from lgm_dist.data.bank import ImageBank
 
 
 def main(argv: list[str]) -> None:
@@ -35,11 +37,11 @@ def main(argv: list[str]) -> None:
     sys.stdout.write(f"All figures: {flags.out}\n")
 
 
-def _data(flags: argparse.Namespace) -> Section:
+def _bank(flags: argparse.Namespace, split: Split) -> ImageBank:
     from lgm_dist.data import open_bank
     from lgm_dist.data.prepare import ensure_manifest
 
-    return loading.data(open_bank(ensure_manifest(flags.data, flags.data_root, ""), "train"), 4 * flags.rounds + 1)
+    return open_bank(ensure_manifest(flags.data, flags.data_root, ""), split)
 
 
 def _train(flags: argparse.Namespace) -> Section:
@@ -55,11 +57,12 @@ def _scaling(flags: argparse.Namespace) -> Section:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Section]] = {
-    "data": _data,
+    "data": lambda flags: loading.data(_bank(flags, "train"), 4 * flags.rounds + 1),
     "step": lambda flags: network.step(flags.rounds),
     "floor": lambda flags: network.floor(4 * flags.rounds + 1),
     "memory": lambda _: network.memory(),
     "growth": lambda flags: network.growth(flags.rounds),
+    "evaluation": lambda flags: loading.evaluation(_bank(flags, "test"), max(flags.rounds // 2, 1)),
     "scaling": _scaling,
     "train": _train,
 }
@@ -69,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("part", choices=[*PARTS, "all"], help="what to measure")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in turn (default: %(default)s)")
-    parser.add_argument("--data", default="glyphs", help="data set of `data` and `train` (default: %(default)s)")
+    parser.add_argument(
+        "--data", default="glyphs", help="data set of `data`, `evaluation` and `train` (default: %(default)s)"
+    )
     parser.add_argument("--data-root", default="data", help="its folder (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="tables alone, as the README holds them")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON file (default: %(default)s)")

@@ -81,6 +81,12 @@ def test_loading_covers_every_contender(tiny: Path) -> None:
     assert all(float(row[2].split()[0]) > 0 for row in section.rows if "plain" not in row[0])
 
 
+def test_evaluations_with_more_draws_take_longer(tiny: Path) -> None:
+    section = loading.evaluation(open_bank(tiny, "test"), 1, episodes=20, threads=1)
+    (one,), (ten,) = section.values["seconds"].values()
+    assert ten > one > 0
+
+
 def test_two_workers_are_timed() -> None:
     assert training._ddp(2) > 0
 

@@ -1,4 +1,4 @@
-"""Episodes from memory: ours, the same written plainly in numpy, and the in-memory loaders of other packages."""
+"""Episodes from memory, ours and written plainly in numpy; and evaluations, which read most of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from lgm_dist.allocator import keep_freed_memory
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import gather_episodes, sample_episodes
+from lgm_dist.engine import evaluate
+from lgm_dist.model import LGMNet
 
 EPISODES = 64
 CONFIG = Config(ways=5, shot=1, query=15, augment=False)
@@ -22,6 +25,7 @@ HEADER = ("episodes ready for the model", "episodes/s", "to plain numpy")
 def data(bank: ImageBank, rounds: int, threads: int = 2) -> Section:
     """5-way 1-shot 15-query episodes a second, sampling and gathering, in one process."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     position = iter(range(0, 1 << 30, EPISODES))
     contenders: dict[str, Callable[[], object]] = {
         "lgm_dist, uint8": lambda: gather_episodes(bank, CONFIG, "train", next(position), EPISODES),
@@ -72,3 +76,27 @@ def plainly(bank: ImageBank, normalise: bool) -> np.ndarray:
         episode = images[np.concatenate(rows)]  # (80, H, W, C)
         found.append(((episode.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2) if normalise else episode)
     return np.stack(found)
+
+
+def evaluation(bank: ImageBank, rounds: int, episodes: int = 2000, threads: int = 2) -> Section:
+    """An evaluation with ten noise draws against one with a single draw; images are embedded once for all draws."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model, config = LGMNet().eval(), Config(ways=5, shot=1, eval_query=15)
+
+    def with_draws(draws: int) -> Callable[[], float]:
+        return _timed(lambda: evaluate(model, bank, config, bank.split, episodes, draws))
+
+    found = in_turn({"1": with_draws(1), "10": with_draws(10)}, rounds, warmup=0)
+    slower = ratio(found["10"], found["1"])
+    rows = [
+        ("1", found["1"].text(), ""),
+        ("10", found["10"].text(), f"{slower.text(2)} (target: under 1.5)"),
+    ]
+    note = (
+        f"{episodes:,} episodes, 5-way 1-shot 15-query, of {len(bank.images):,} images of {bank.name}, {threads} threads; "
+        f"median [smallest, largest] of {rounds} rounds in turn."
+    )
+    header = ("noise draws", "seconds", "times as long")
+    return Section("evaluation", "scripts/bench.py evaluation", header, rows, note, {"seconds": plain(found)})
