@@ -47,7 +47,7 @@ def _bank(flags: argparse.Namespace, split: Split) -> ImageBank:
 def _train(flags: argparse.Namespace) -> Section:
     from lgm_dist.bench import training
 
-    return training.train(flags.data, max(flags.rounds // 2, 1))
+    return training.train(flags.data, flags.data_root, max(flags.rounds // 2, 1))
 
 
 def _scaling(flags: argparse.Namespace) -> Section:

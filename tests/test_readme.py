@@ -44,6 +44,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if flags.entrypoint:
             script(name).check_paths(flags.entrypoint)
             check(flags.entrypoint, monkeypatch)
+    elif name == "bench":
+        assert script(name)._parser().parse_args(words).part in (*script(name).PARTS, "all")
     elif name == "prepare":
         called: list[object] = []
         module = script(name)

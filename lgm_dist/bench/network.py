@@ -130,7 +130,7 @@ def floor(rounds: int) -> Section:
         ("of the convolution's rate", f"{reached.each(lambda r: 100 * r).text(0)} %"),
     ]
     note = f"5-way 1-shot, one query an episode, float32; median [smallest, largest] of {rounds} rounds in turn."
-    return Section("floor", "scripts/bench.py step", ("what", "figure"), rows, note, {"seconds": plain(found)})
+    return Section("floor", "scripts/bench.py floor", ("what", "figure"), rows, note, {"seconds": plain(found)})
 
 
 def _seconds(work: Callable[[], tuple[Tensor, ...]]) -> float:

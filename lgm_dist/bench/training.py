@@ -26,7 +26,7 @@ from lgm_dist.ray_train import all_reduce
 STEPS = 60
 
 
-def train(data: str, rounds: int) -> Section:
+def train(data: str, data_root: str, rounds: int) -> Section:
     """Real trainings of scripts/train.py: seconds to the first step, and the part of the time after it that is not the model.
 
     The model's own step is timed in turn with them, in a process of its own, on random episodes of the same size.
@@ -35,7 +35,7 @@ def train(data: str, rounds: int) -> Section:
     steps = Steps("ours", queries=5)
     for turn in range(rounds + 1):
         for workers in (0, 1):
-            first, each = _run(data, workers)
+            first, each = _run(data, data_root, workers)
             if turn:  # the first finds nothing in the page cache
                 found[f"first {workers}"].append(first)
                 found[f"step {workers}"].append(each)
@@ -57,10 +57,23 @@ def train(data: str, rounds: int) -> Section:
     return Section("train", "scripts/bench.py train", header, rows, note, {"seconds": plain(spreads)})
 
 
-def _run(data: str, workers: int) -> tuple[float, float]:
+def _run(data: str, data_root: str, workers: int) -> tuple[float, float]:
     """Seconds from the command to its first step, and the median of those between two steps later on."""
     with tempfile.TemporaryDirectory() as storage:
-        flags = ["--data", data, "--workers", str(workers), "--storage", storage, "--name", "bench", "--epochs", "1"]
+        flags = [
+            "--data",
+            data,
+            "--data-root",
+            data_root,
+            "--workers",
+            str(workers),
+            "--storage",
+            storage,
+            "--name",
+            "bench",
+            "--epochs",
+            "1",
+        ]
         flags += ["--steps-per-epoch", str(STEPS), "--eval-every", str(STEPS), "--eval-episodes", "2"]
         flags += ["--test-episodes", "0", "--wandb", "offline", "--eval-query", "1"]
         run, start = Path(storage) / "bench", time.time()
