@@ -166,10 +166,10 @@ class Mirror:
                 f"W&B does not hold all of {self._run} ({self.failure}); metrics.jsonl does, and "
                 f"`python scripts/wandb_replay.py {self._run}` sends the rest\n"
             )
-            if isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError":
-                _forget_service()
             with contextlib.suppress(Exception):
                 self._wandb.finish(exit_code=1)
+            if isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError":
+                _forget_service()
 
 
 def replay(run: Path, config: Config) -> tuple[int, int] | None:

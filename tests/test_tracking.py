@@ -169,6 +169,9 @@ with tracking.Mirror(run, Config(wandb=sys.argv[4], name="a-run")) as mirror:
 
 
 def test_a_killed_driver_loses_no_row(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    import wandb
+
+    wandb.teardown()  # a service of earlier tests, whose environment they have taken back
     write_all(other := tmp_path_factory.mktemp("other"), 1)
     with Mirror(other, OFFLINE):
         pass
