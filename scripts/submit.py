@@ -7,14 +7,15 @@ import asyncio
 import logging
 import os
 import shlex
-import signal
 import socket
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -259,34 +260,48 @@ def _stop(client: Any, job: str) -> None:
 
 def _follow(client: Any, job: str) -> int:
     """Shows the job's logs until it ends; its exit status."""
-    _info(client, job)
     try:
-        asyncio.run(_show_logs(client, job))
+        _info(client, job)
+        log: SimpleQueue[str | Exception | None] = SimpleQueue()
+        # Not in this thread: Ctrl-C amid asyncio's and aiohttp's own clearing up is swallowed, or ends in their complaints.
+        threading.Thread(target=_read_logs, args=(client, job, log.put), daemon=True).start()
+        while (text := log.get()) is not None:
+            if isinstance(text, Exception):
+                raise text
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        info = _info(client, job)
     except KeyboardInterrupt:
         raise RunFailed(f"job {job} runs on; --follow {job} shows its logs again, --stop {job} ends it") from None
-    info = _info(client, job)
     sys.stdout.write(f"{job} {info.status}\n")
     return 0 if info.status == "SUCCEEDED" else info.driver_exit_code or 1
 
 
-async def _show_logs(client: Any, job: str) -> None:
-    """Prints the log as it grows, each character once, also where the connection is lost in between."""
+def _read_logs(client: Any, job: str, put: Callable[[str | Exception | None], None]) -> None:
+    """Puts the job's log piece by piece, then None; or the error that ended it."""
+    try:
+        asyncio.run(_tail(client, job, put))
+        put(None)
+    except Exception as error:
+        put(error)
+
+
+async def _tail(client: Any, job: str, put: Callable[[str], None]) -> None:
+    """Puts the log as it grows, each character once, also where the connection is lost in between."""
     import aiohttp
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's cancels this task, which aiohttp may swallow
     shown = 0
     while True:
         position = 0  # the log comes from its start at each connection
         try:
             async for text in client.tail_job_logs(job):
-                sys.stdout.write(text[max(shown - position, 0) :])
-                sys.stdout.flush()
+                put(text[max(shown - position, 0) :])
                 position += len(text)
                 shown = max(shown, position)
         except (RuntimeError, aiohttp.ClientError):
             pass  # proxies give up on long connections
         if _info(client, job).status.is_terminal():
-            sys.stdout.write(client.get_job_logs(job)[shown:])
+            put(client.get_job_logs(job)[shown:])
             return
         await asyncio.sleep(1)
 

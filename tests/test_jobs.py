@@ -68,7 +68,21 @@ def logs(head: Head, job: str) -> str:
         return str(json.load(reply)["logs"])
 
 
+@pytest.fixture
+def tidy(head: Head) -> Iterator[None]:
+    """Ends the jobs that a failed test has left, so that it fails alone."""
+    yield
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(head.address)
+    left = [job.submission_id for job in client.list_jobs() if not job.status.is_terminal()]
+    for job in left:
+        client.stop_job(job)
+    wait_for(lambda: all(client.get_job_status(job).is_terminal() for job in left), 90, "the jobs to stop")
+
+
 @pytest.mark.ray
+@pytest.mark.usefixtures("tidy")
 class TestOnAHeadNode:
     def test_a_job_of_two_workers_is_stopped_with_a_checkpoint_and_resumed_to_its_result(
         self, head: Head, tiny: Path, tmp_path: Path, ask: Ask
