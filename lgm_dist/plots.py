@@ -22,7 +22,7 @@ from lgm_dist import checkpoint
 from lgm_dist.analysis import read_analysis
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.episodes import sample_episodes, to_pixels
+from lgm_dist.data.episodes import draw_rows, sample_episodes, to_pixels
 from lgm_dist.job import read_config
 from lgm_dist.metrics import read_metrics
 
@@ -100,8 +100,8 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     batch = sample_episodes(bank, config, bank.split, index, 1)
     noise = batch.noise if config.protocol == "paper" else None
     guesses = model(batch.support, batch.query, config.ways, noise)[0].argmax(-1).numpy()  # (T,)
-    labels, rows = batch.labels[0].numpy(), batch.rows
-    names = [bank.classes[c] for c in rows.classes[0]]
+    labels = batch.labels[0].numpy()
+    names = [bank.classes[c] for c in draw_rows(bank, config, bank.split, index, 1).classes[0]]
     shown = [np.flatnonzero(labels == way)[:QUERIES_SHOWN] for way in range(config.ways)]
     columns = config.shot + max(len(queries) for queries in shown)
     figure, axes = plt.subplots(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -19,16 +18,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lgm_dist import checkpoint
-from lgm_dist.allocator import keep_freed_memory
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import SPLITS, Config
 from lgm_dist.data import open_bank, sample_episodes
 from lgm_dist.engine import Worker, evaluate, make_optimizer, train_step
 from lgm_dist.job import RESULT, Job, device_of, make_job, write_facts, write_result
+from lgm_dist.memory import keep_freed_memory, peak_memory
 from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
 from lgm_dist.progress import Progress
@@ -104,7 +103,7 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     config, run = Config.from_dict(job.config), Path(job.run)
     banks = {split: open_bank(job.manifest, split, job.cache) for split in SPLITS}
     model = build_model(config, worker)
-    parallel = DistributedDataParallel(model) if worker.world_size > 1 else model
+    parallel = data_parallel(model, worker)
     optimizer = make_optimizer(model, config)
     state = checkpoint.restore(run, model, optimizer)
     log = MetricsLog(run, state.step) if worker.rank == 0 else None
@@ -122,7 +121,7 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
         metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
         metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
         metrics["speed/episodes_per_s"] = config.meta_batch / (time.monotonic() - start)
-        metrics["memory/peak_bytes"] = peak_memory(worker)
+        metrics["memory/peak_bytes"] = _peak_memory(worker)
         done, val = step + 1, None
         if done % config.eval_every == 0 or done == config.steps:
             val = evaluate(model, banks["val"], config.evaluation, "val", config.eval_episodes, worker=worker)
@@ -142,7 +141,7 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     if config.test_episodes:
         model.load_state_dict(checkpoint.load_model(checkpoint.best(run))[0].state_dict())
         test = evaluate(model, banks["test"], config.evaluation, "test", config.test_episodes, worker=worker)
-    memory = worker.gather(peak_memory(worker))
+    memory = worker.gather(_peak_memory(worker))
     if log:
         log.close()
         write_result(run, config, test, memory)
@@ -157,11 +156,17 @@ def build_model(config: Config, worker: Worker) -> LGMNet:
     return model.to(worker.device)
 
 
-def peak_memory(worker: Worker) -> float:
-    """Most bytes that this process has had in memory so far: on the GPU where it trains on one."""
-    if worker.device.startswith("cuda"):
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+def data_parallel(model: LGMNet, worker: Worker) -> nn.Module:
+    """The network with its gradients averaged over the workers, if there are several."""
+    if worker.world_size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def _peak_memory(worker: Worker) -> float:
+    """Most bytes that this worker has had in memory so far: on the GPU where it trains on one."""
+    on_gpu = worker.device.startswith("cuda")
+    return float(torch.cuda.max_memory_allocated() if on_gpu else peak_memory())
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """The benchmark: `scripts/bench.py all --markdown` prints the README's tables.
 
-Its parts step, floor, memory and growth need torch and numpy alone.
+Its parts step, floor, memory, growth and gpu (not in `all`) need torch and numpy alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import torch
 
 from lgm_dist.bench import loading, measure, network
 from lgm_dist.bench.measure import Section
@@ -22,14 +25,16 @@ def main(argv: list[str]) -> None:
     flags = _parser().parse_args(argv)
     if flags.rounds < 1:
         raise ValueError(f"rounds ({flags.rounds}) must be at least 1")
-    names = list(PARTS) if flags.part == "all" else [flags.part]
-    sections = []
+    if flags.model and flags.part != "scaling":
+        raise ValueError(f"model goes with scaling, not with {flags.part}; give bench.py scaling --model")
+    names = [name for name in PARTS if name != "gpu"] if flags.part == "all" else [flags.part]
+    sections: list[Section] = []
     for name in names:
-        section = PARTS[name](flags)
-        sections.append(section)
-        sys.stdout.write(f"{section.markdown}\n" if flags.markdown else f"\n{name}\n{section.markdown}")
-        sys.stdout.flush()
-        measure.write(sections, flags.out)
+        for section in PARTS[name](flags):
+            sections.append(section)
+            sys.stdout.write(f"{section.markdown}\n" if flags.markdown else f"\n{section.name}\n{section.markdown}")
+            sys.stdout.flush()
+            measure.write(sections, flags.out)
     facts = measure.facts()
     sys.stdout.write(
         f"\nCommit {facts['commit'][:10]}, {facts['machine']}, {facts['instructions']}, torch {facts['torch']}.\n"
@@ -44,27 +49,57 @@ def _bank(flags: argparse.Namespace, split: Split) -> ImageBank:
     return open_bank(ensure_manifest(flags.data, flags.data_root, ""), split)
 
 
-def _train(flags: argparse.Namespace) -> Section:
+def _growth(flags: argparse.Namespace) -> Iterator[Section]:
+    section = network.growth(flags.rounds)
+    yield section
+    if importlib.util.find_spec("matplotlib"):
+        from lgm_dist.bench.pictures import growth
+
+        growth(section.values, flags.out.with_name("growth.png"))
+
+
+def _scaling(flags: argparse.Namespace) -> Iterator[Section]:
+    from lgm_dist.bench import scaling
+
+    if not flags.model:
+        yield scaling.scaling(flags.rounds)
+    if flags.model or flags.part == "all":
+        yield scaling.model()
+
+
+def _train(flags: argparse.Namespace) -> Iterator[Section]:
     from lgm_dist.bench import training
 
-    return training.train(flags.data, flags.data_root, max(flags.rounds // 2, 1))
+    yield training.train(flags.data, flags.data_root, max(flags.rounds // 2, 1))
 
 
-def _scaling(flags: argparse.Namespace) -> Section:
-    from lgm_dist.bench import training
+def _gpu(flags: argparse.Namespace) -> Iterator[Section]:
+    from lgm_dist.bench import gpu
 
-    return training.scaling(flags.rounds)
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "gpu: this machine has no CUDA device that torch can use; run it where torch.cuda.is_available()"
+        )
+    torch.backends.cudnn.benchmark = True
+    timed = gpu.gpu(gpu.random_bank(), flags.rounds)
+    yield timed
+    if flags.steps:
+        seconds = {way: min(values) for way, values in timed.values["seconds"].items() if way in gpu.WAYS}
+        way = min(seconds, key=seconds.__getitem__)
+        yield gpu.run(_bank(flags, "train"), _bank(flags, "test"), flags.steps, way)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Section]] = {
-    "data": lambda flags: loading.data(_bank(flags, "train"), 4 * flags.rounds + 1),
-    "step": lambda flags: network.step(flags.rounds),
-    "floor": lambda flags: network.floor(4 * flags.rounds + 1),
-    "memory": lambda _: network.memory(),
-    "growth": lambda flags: network.growth(flags.rounds),
-    "evaluation": lambda flags: loading.evaluation(_bank(flags, "test"), max(flags.rounds // 2, 1)),
+Part = Callable[[argparse.Namespace], Iterable[Section]]
+PARTS: dict[str, Part] = {
+    "data": lambda flags: [loading.data(_bank(flags, "train"), 4 * flags.rounds + 1, against=flags.against)],
+    "step": lambda flags: [network.step(flags.rounds)],
+    "floor": lambda flags: [network.floor(4 * flags.rounds + 1)],
+    "memory": lambda _: [network.memory()],
+    "growth": _growth,
+    "evaluation": lambda flags: [loading.evaluation(_bank(flags, "test"), max(flags.rounds // 2, 1))],
     "scaling": _scaling,
     "train": _train,
+    "gpu": _gpu,
 }
 
 
@@ -76,6 +111,19 @@ def _parser() -> argparse.ArgumentParser:
         "--data", default="glyphs", help="data set of `data`, `evaluation` and `train` (default: %(default)s)"
     )
     parser.add_argument("--data-root", default="data", help="its folder (default: %(default)s)")
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        choices=list(loading.PEERS),
+        help="data: peers to time in turn (default: those installed)",
+    )
+    parser.add_argument("--model", action="store_true", help="scaling: 8 to 1,024 workers on paper")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        help="gpu: then train on --data so many steps (the paper's run: 120000) and evaluate",
+    )
     parser.add_argument("--markdown", action="store_true", help="tables alone, as the README holds them")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON file (default: %(default)s)")
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,17 @@ from lgm_dist.data.shards import write_shards
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 
 CLASSES, IMAGES, SIDE = 6, 24, 16
+
+# A suite started in the background of a shell script has Ctrl-C ignored, and so would have all that its tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2`: tests that start Ray one after the other in one process, first since they take longest; the others by
+    file in the other."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 def _png(split: int, label: int, index: int) -> bytes:

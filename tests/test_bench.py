@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from matplotlib import pyplot as plt
 
-from lgm_dist.bench import loading, measure, network, training
+from lgm_dist.bench import gpu, loading, measure, network, pictures, scaling
 from lgm_dist.bench.measure import Spread, in_turn, ratio
 from lgm_dist.bench.steps import ROOT, Steps, contender
 from lgm_dist.data import open_bank
@@ -87,11 +92,75 @@ def test_evaluations_with_more_draws_take_longer(tiny: Path) -> None:
     assert ten > one > 0
 
 
-def test_two_workers_are_timed() -> None:
-    assert training._ddp(2) > 0
+def test_two_workers_are_timed_and_what_they_tell_each_other_is_counted() -> None:
+    """Batch norm six times a step, forwards and backwards, 1 + 2 F and 2 F numbers in float64."""
+    for found in scaling._workers(2):
+        assert (found["collectives"], found["bytes"]) == (12, 6 * 8 * (1 + 2 * 64 + 2 * 64))
+        assert found["seconds"] > found[f"all_reduce {scaling.GRADIENTS}"] > found["all_reduce 4"] > 0
+    (apart, _) = scaling._workers(2, "apart")
+    assert apart["collectives"] == 0
 
 
-@pytest.mark.parametrize(("words", "sentence"), [(["step", "--rounds", "0"], "rounds (0) must be at least 1")])
+def test_communication_on_paper_by_hand() -> None:
+    """4 workers: 3/4 of the bytes twice, 6 hops of the ring, and 2 levels up and down for each of 3 small all-reduces."""
+    seconds = scaling.communication(4, latency=1e-3, rate=scaling.GRADIENTS / 2.0, collectives=3)
+    assert seconds == pytest.approx(2 * 3 / 4 * 2.0 + 6e-3 + 3 * 4e-3)
+
+
+def test_growth_compares_what_differs_in_one_thing_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Seconds of a step that costs 1 + 2 a way + 3 a shot beyond the first, and so on; the slopes come back."""
+
+    def cost(steps: Steps) -> float:
+        return 1 + 2 * steps.ways + 3 * steps.shot + 0.5 * steps.queries + 0.25 * steps.meta_batch
+
+    @contextlib.contextmanager
+    def fake(steps: Steps) -> Iterator[Callable[[], dict[str, float]]]:
+        yield lambda: {"seconds": cost(steps), "peak_bytes": 2**20 * cost(steps), "loss": 0.0}
+
+    monkeypatch.setattr(network, "contender", fake)
+    section = network.growth(2)
+    known = {"ways": 2, "shot": 3, "queries": 0.5, "meta_batch": 0.25}
+    for axis, slope in section.values["slopes"].items():
+        assert slope == pytest.approx({"seconds": known[axis], "bytes": 2**20 * known[axis]})
+    assert "one more of ways: 2000.0 ms, 2.0 MiB" in section.note
+    pictures.growth(section.values, tmp_path / "new/growth.png")
+    assert plt.imread(tmp_path / "new/growth.png").shape[1] > 1000
+
+
+def test_steps_on_a_device_are_timed_and_what_fails_says_why(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    monkeypatch.setattr(gpu, "STEPS", 1)
+    graph = "float32, CUDA graph"
+    ways = ("float32", *([] if torch.cuda.is_available() else [graph]))
+    section = gpu.gpu(open_bank(tiny, "train"), 1, device="cpu", ways=ways, meta_batch=2)
+    assert [row[0] for row in section.rows] == ["sampling alone", *ways]
+    assert section.values["seconds"]["float32"][0] > section.values["seconds"]["sampling alone"][0] > 0
+    assert (not torch.cuda.is_available() and section.rows[2][1] == "failed" and section.rows[2][3]) or len(ways) == 1
+
+
+def test_the_trained_network_of_a_device_is_evaluated(tiny: Path) -> None:
+    train, test = (open_bank(tiny, split) for split in ("train", "test"))
+    section = gpu.run(train, test, 2, "float32", device="cpu", meta_batch=2, settings=((2, 1), (3, 1)), episodes=4)
+    assert [row[0] for row in section.rows] == ["2-way 1-shot", "3-way 1-shot"]
+    assert all(0 <= accuracy <= 1 for accuracy, _ in section.values["accuracy"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["step", "--rounds", "0"], "rounds (0) must be at least 1"),
+        (["step", "--model"], "model goes with scaling, not with step; give bench.py scaling --model"),
+        pytest.param(
+            ["gpu"],
+            "gpu: this machine has no CUDA device that torch can use; run it where torch.cuda.is_available()",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+        pytest.param(
+            ["data", "--against", "easyfsl"],
+            "against (easyfsl) is not installed (No module named 'easyfsl'); install easyfsl 1.5.0, or leave it out",
+            marks=pytest.mark.skipif(importlib.util.find_spec("easyfsl") is not None, reason="it is"),
+        ),
+    ],
+)
 def test_bad_input_is_one_sentence(words: list[str], sentence: str) -> None:
     done = subprocess.run([sys.executable, "scripts/bench.py", *words], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (1, f"bench.py: {sentence}\n")

@@ -22,7 +22,7 @@ SCRIPTS = [line for line in COMMANDS if re.search(r"(scripts|tune)/", line)]
 def test_the_first_two_commands_set_everything_up_themselves() -> None:
     start = "python3 -m pip install uv && python3 -m uv run --compile-bytecode "
     assert COMMANDS[0].startswith(start + "scripts/train.py")
-    assert COMMANDS[1] == start + "pytest"
+    assert COMMANDS[1] == start + "pytest -n 2"
     assert COMMANDS[1] in (ROOT / ".ci/run").read_text().splitlines()
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
-from lgm_dist.allocator import keep_freed_memory
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.episodes import gather_episodes, sample_episodes
+from lgm_dist.data.episodes import gather_episodes, load_images, sample_episodes
 from lgm_dist.engine import evaluate
+from lgm_dist.memory import keep_freed_memory
 from lgm_dist.model import LGMNet
 
 EPISODES = 64
@@ -22,8 +24,12 @@ CONFIG = Config(ways=5, shot=1, query=15, augment=False)
 HEADER = ("episodes ready for the model", "episodes/s", "to plain numpy")
 
 
-def data(bank: ImageBank, rounds: int, threads: int = 2) -> Section:
-    """5-way 1-shot 15-query episodes a second, sampling and gathering, in one process."""
+def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] | None = None) -> Section:
+    """5-way 1-shot 15-query episodes a second, sampling and gathering, in one process.
+
+    `against` names peers (of PEERS); None: those that are installed. Raises ValueError for one that is not.
+    """
+    peers = {name: PEERS[name](bank) for name in (installed_peers() if against is None else against)}
     torch.set_num_threads(threads)
     keep_freed_memory()
     position = iter(range(0, 1 << 30, EPISODES))
@@ -35,18 +41,42 @@ def data(bank: ImageBank, rounds: int, threads: int = 2) -> Section:
         "lgm_dist, augmented, normalised": lambda: sample_episodes(
             bank, replace(CONFIG, augment=True), "train", next(position), EPISODES
         ),
-    }
+    } | {f"{name}, normalised float32": work for name, work in peers.items()}
     found = in_turn({name: _timed(work) for name, work in contenders.items()}, rounds, warmup=3)
     rows = []
     for name, seconds in found.items():
         base = found["plain numpy, uint8" if "uint8" in name else "plain numpy, normalised float32"]
-        against = "" if "plain" in name else ratio(base, seconds).text(2)
-        rows.append((name, _rate(seconds).text(0), against))
+        rows.append((name, _rate(seconds).text(0), "" if "plain" in name else ratio(base, seconds).text(2)))
     note = (
         f"5-way 1-shot 15-query, {bank.name} ({len(bank.images):,} images of {bank.images.shape[1]} x {bank.images.shape[2]}), "
         f"{threads} threads; median [smallest, largest] of {rounds} rounds of {EPISODES} episodes in turn."
     )
     return Section("data", "scripts/bench.py data", HEADER, rows, note, {"seconds": plain(found)})
+
+
+def installed_peers() -> list[str]:
+    """The peers that can be imported here."""
+    return [name for name in PEERS if importlib.util.find_spec(name)]
+
+
+def _easyfsl(bank: ImageBank) -> Callable[[], object]:
+    """EPISODES episodes of easyfsl's fastest configuration: normalised float tensors in memory, no worker processes."""
+    try:
+        from easyfsl.datasets import FeaturesDataset
+        from easyfsl.samplers import TaskSampler
+    except ImportError as error:
+        raise ValueError(
+            f"against (easyfsl) is not installed ({error}); install easyfsl 1.5.0, or leave it out"
+        ) from None
+    labels = np.repeat(np.arange(len(bank.classes)), bank.counts)
+    everything = load_images(bank, CONFIG, np.arange(len(bank.images))).contiguous()  # (n, C, H, W)
+    dataset = FeaturesDataset(labels.tolist(), everything, list(bank.classes))
+    sampler = TaskSampler(dataset, CONFIG.ways, CONFIG.shot, CONFIG.query, EPISODES)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
+    return lambda: list(loader)
+
+
+PEERS: dict[str, Callable[[ImageBank], Callable[[], object]]] = {"easyfsl": _easyfsl}
 
 
 def _timed(work: Callable[[], object]) -> Callable[[], float]:

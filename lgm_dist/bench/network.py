@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -161,9 +163,13 @@ GROWTH = (
 )
 
 
+AXES = {"ways": "ways", "shot": "shots", "queries": "queries an episode", "meta_batch": "episodes a step"}
+"""What grows by itself in GROWTH, and its name."""
+
+
 def growth(rounds: int) -> Section:
-    """Step time and memory against what makes them grow, one thing at a time."""
-    rows, values = [], {}
+    """Step time and memory against what makes them grow, one thing at a time, and the slopes of straight lines."""
+    rows, points = [], []
     for steps in GROWTH:
         with contender(steps) as take:
             found = [take() for _ in range(rounds + 2)]
@@ -175,7 +181,30 @@ def growth(rounds: int) -> Section:
         rows.append(
             (name, f"{images:,}", seconds.each(lambda s: 1e3 * s).text(0), f"{a_megapixel:.0f}", f"{peak / 2**30:.2f}")
         )
-        values[name] = {"images": images, "seconds": seconds.values, "peak_bytes": peak}
-    note = f"float32, {GROWTH[0].threads} threads; median [smallest, largest] of {rounds} steps."
+        points.append(asdict(steps) | {"seconds": seconds.values, "peak_bytes": peak})
+    axes = {axis: _line(points, axis) for axis in AXES}
+    slopes = "; ".join(
+        f"one more of {AXES[axis]}: {1e3 * line['seconds']:.1f} ms, {line['bytes'] / 2**20:.1f} MiB"
+        for axis, line in axes.items()
+    )
+    note = (
+        f"float32, {GROWTH[0].threads} threads; median [smallest, largest] of {rounds} steps. Straight lines: {slopes}."
+    )
     header = ("step", "images", "ms", "ms a megapixel", "peak memory (GiB)")
-    return Section("growth", "scripts/bench.py growth", header, rows, note, values)
+    return Section("growth", "scripts/bench.py growth", header, rows, note, {"points": points, "slopes": axes})
+
+
+def along(points: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:
+    """The points of `growth` that differ from the first in nothing but `axis`, in its order."""
+    others = [name for name in (*AXES, "size") if name != axis]
+    return sorted(
+        (p for p in points if all(p[name] == points[0][name] for name in others)), key=lambda p: float(p[axis])
+    )
+
+
+def _line(points: Sequence[Mapping[str, Any]], axis: str) -> dict[str, float]:
+    """Slopes of least squares: seconds and bytes for one more."""
+    chosen = along(points, axis)
+    x = np.array([p[axis] for p in chosen])
+    seconds, peaks = [Spread(p["seconds"]).median for p in chosen], [p["peak_bytes"] for p in chosen]
+    return {name: float(np.polyfit(x, y, 1)[0]) for name, y in (("seconds", seconds), ("bytes", peaks))}

@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,10 +22,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lgm_dist.allocator import keep_freed_memory
 from lgm_dist.config import Config
-from lgm_dist.data.episodes import EpisodeBatch, EpisodeRows
+from lgm_dist.data.episodes import EpisodeBatch
 from lgm_dist.engine import make_optimizer, train_step
+from lgm_dist.memory import keep_freed_memory, peak_memory
 from lgm_dist.model import LGMNet
 
 ROOT = Path(__file__).parents[2]
@@ -53,10 +52,9 @@ def batch_of(steps: Steps) -> EpisodeBatch:
     random = np.random.default_rng(0)
     b, s, t = steps.meta_batch, steps.ways * steps.shot, steps.queries
     images = random.standard_normal((b, s + t, steps.size, steps.size, 3), np.float32)
-    nothing = np.zeros((b, s), np.int64)
-    rows = EpisodeRows(nothing, np.zeros((b, t), np.int64), random.integers(0, steps.ways, (b, t)), nothing)
+    labels = torch.from_numpy(random.integers(0, steps.ways, (b, t)))
     noise = torch.from_numpy(random.standard_normal((b, 2, 32), np.float32))
-    return EpisodeBatch(torch.from_numpy(images).permute(0, 1, 4, 2, 3), torch.from_numpy(rows.labels), noise, rows)
+    return EpisodeBatch(torch.from_numpy(images).permute(0, 1, 4, 2, 3), labels, noise, s)
 
 
 def stepper(steps: Steps) -> Callable[[], float]:
@@ -125,7 +123,7 @@ def main(argument: str) -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         loss = step()
-        seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds, peak = time.perf_counter() - start, peak_memory()
         sys.stdout.write(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": peak}) + "\n")
         sys.stdout.flush()
 

@@ -59,17 +59,20 @@ class EpisodeBatch:
     """(B, T) int64"""
     noise: Tensor
     """(B, 2, Z) float32 standard normals: the noise of the two generated layers, should it be wanted."""
-    rows: EpisodeRows
+    shots: int
+    """S"""
+    rows: EpisodeRows | None = None
+    """What was drawn; None where it was drawn on the device."""
 
     @property
     def support(self) -> Tensor:
         """(B, S, C, H, W), a view of `images`."""
-        return self.images[:, : self.rows.support.shape[1]]
+        return self.images[:, : self.shots]
 
     @property
     def query(self) -> Tensor:
         """(B, T, C, H, W), a view of `images`."""
-        return self.images[:, self.rows.support.shape[1] :]
+        return self.images[:, self.shots :]
 
     def to(self, device: torch.device | str) -> EpisodeBatch:
         """The same batch with its tensors on `device`; `rows` stays where it is."""
@@ -176,6 +179,7 @@ def sample_episodes(bank: ImageBank, config: Config, split: Split, start: int, c
         images=images.unflatten(0, pixels.shape[:2]),  # (B, S+T, C, H, W)
         labels=torch.from_numpy(rows.labels),
         noise=draw_noise(config, split, start, count, 1)[0],
+        shots=rows.support.shape[1],
         rows=rows,
     )
 
@@ -204,7 +208,7 @@ def draw_noise(config: Config, split: Split, start: int, count: int, draws: int)
 
 def to_pixels(images: Tensor, bank: ImageBank, config: Config) -> npt.NDArray[np.float32]:
     """Normalised images (n, C, H, W) as a person sees them: (n, H, W, C), 0 to 1."""
-    mean, std = _statistics(bank, config)
+    mean, std = statistics(bank, config)
     pixels = images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)  # (n, H, W, C)
     shown: npt.NDArray[np.float32] = (pixels / 255).clamp(0, 1).numpy()
     return shown
@@ -230,7 +234,7 @@ def _augmented(
 def _normalised(images: npt.NDArray[np.uint8] | npt.NDArray[np.float32], bank: ImageBank, config: Config) -> Tensor:
     """(n, H, W, C) on the 0 to 255 scale -> (n, C, H, W) float32, channels_last in memory."""
     n, height, width, channels = images.shape
-    mean, std = (torch.tensor(s).repeat(height * width) for s in _statistics(bank, config))  # (H*W*C,)
+    mean, std = (torch.tensor(s).repeat(height * width) for s in statistics(bank, config))  # (H*W*C,)
     out = torch.empty(n, height * width * channels)
     source = torch.from_numpy(images).view(out.shape)  # (n, H*W*C)
     for block, pixels in zip(out.split(_BLOCK), source.split(_BLOCK), strict=True):
@@ -238,7 +242,7 @@ def _normalised(images: npt.NDArray[np.uint8] | npt.NDArray[np.float32], bank: I
     return out.view(n, height, width, channels).permute(0, 3, 1, 2)  # (n, C, H, W)
 
 
-def _statistics(bank: ImageBank, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(bank: ImageBank, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the normalisation, per channel on the 0 to 255 scale."""
     if config.protocol == "paper":
         return (_PAPER_MEAN,) * len(bank.mean), (_PAPER_STD,) * len(bank.std)

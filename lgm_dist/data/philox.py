@@ -15,9 +15,9 @@ from lgm_dist.config import SPLITS, Split
 
 Words = npt.NDArray[np.uint32]
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
@@ -36,9 +36,9 @@ class Purpose(IntEnum):
 def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> Words:
     """The ten-round bijection: counter (..., 4) of 32-bit words and a key of two -> (..., 4) random 32-bit words."""
     c0, c1, c2, c3 = (counter[..., i] for i in range(4))
-    for turn in range(_ROUNDS):
-        k0, k1 = (np.uint64((k + turn * w) & 0xFFFFFFFF) for k, w in zip(key, _WEYL, strict=True))
-        p0, p1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+    for turn in range(ROUNDS):
+        k0, k1 = (np.uint64((k + turn * w) & 0xFFFFFFFF) for k, w in zip(key, WEYL, strict=True))
+        p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
         c0, c1, c2, c3 = (p1 >> _HALF) ^ c1 ^ k0, p1 & _LOW, (p0 >> _HALF) ^ c3 ^ k1, p0 & _LOW
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)  # (..., 4)
 

@@ -1,9 +1,11 @@
-"""The C library's allocator, told to keep what is freed. Standard library only."""
+"""Memory of this process: its peak, and the C library's allocator told to keep what is freed. Standard library only."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -21,3 +23,15 @@ def keep_freed_memory() -> bool:
     if mallopt is None:  # not glibc
         return False
     return bool(mallopt(_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory so far, without what its parent had before starting it.
+
+    getrusage's figure, which is taken where there is no /proc, begins with the parent's.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,98 @@
+"""Episodes made by torch on a device are those made in numpy; the numpy ones are held against slow references elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_episodes import make_bank
+
+from lgm_dist.config import Config, ModelConfig, Split
+from lgm_dist.data import sample_episodes
+from lgm_dist.data.device import DeviceSampler, choose, philox
+from lgm_dist.engine import DeviceSteps, make_optimizer, train_step
+from lgm_dist.model import LGMNet
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
+CONFIG = Config(ways=4, shot=2, query=3, eval_query=5, seed=2**63 + 5, eval_seed=7)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ],
+)
+def test_published_vectors(counter: list[int], key: list[int], words: str) -> None:
+    """Random123's kat_vectors."""
+    found = philox(tuple(torch.tensor(c) for c in counter), tuple(key))  # type: ignore[arg-type]
+    assert " ".join(f"{int(word):08x}" for word in found) == words
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("start", [0, 2**40 + 3])
+def test_the_stream_is_that_of_numpy(device: str, split: Split, augment: bool, start: int) -> None:
+    bank, config = make_bank([9, 14, 30, 8, 11], split), replace(CONFIG, augment=augment)
+    ours, known = DeviceSampler(bank, config, device)(start, 6), sample_episodes(bank, config, split, start, 6)
+    assert torch.equal(ours.images.cpu(), known.images)
+    assert torch.equal(ours.support.cpu(), known.support)
+    assert torch.equal(ours.query.cpu(), known.query)
+    assert torch.equal(ours.labels.cpu(), known.labels)
+    np.testing.assert_allclose(ours.noise.cpu(), known.noise, rtol=1e-6, atol=1e-7)
+    assert ours.images.stride() == known.images.stride(), "channels last"
+
+
+def test_the_first_episode_may_be_a_tensor_and_episodes_do_not_depend_on_their_neighbours() -> None:
+    sampler = DeviceSampler(make_bank([9, 14, 30, 8, 11]), CONFIG, "cpu")
+    whole, part = sampler(100, 8), sampler(torch.tensor(103), 2)
+    for name in ("images", "labels", "noise"):
+        assert torch.equal(getattr(whole, name)[3:5], getattr(part, name))
+
+
+def test_choose_is_popping_from_a_list() -> None:
+    random = np.random.default_rng(1)
+    sizes = random.integers(5, 12, 40)
+    words = random.integers(0, 2**32, (40, 5))
+    found = choose(torch.from_numpy(words), torch.from_numpy(sizes))
+    for row, size, drawn in zip(found.tolist(), sizes.tolist(), words.tolist(), strict=True):
+        pool = list(range(size))
+        assert row == [pool.pop(word * len(pool) >> 32) for word in drawn]
+
+
+def test_what_it_cannot_make_is_one_sentence() -> None:
+    bank = make_bank([9, 14, 30, 8, 11])
+    with pytest.raises(ValueError, match=r"^protocol \(paper\) is not made on the device; use sample_episodes$"):
+        DeviceSampler(bank, replace(CONFIG, protocol="paper"), "cpu")
+    with pytest.raises(ValueError, match="6 ways need 6 classes"):
+        DeviceSampler(bank, replace(CONFIG, ways=6), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "graph"),
+    [("cpu", False), *(pytest.param("cuda", g, marks=DEVICES[1].marks) for g in (False, True))],  # type: ignore[union-attr]
+)
+def test_steps_made_on_the_device_are_the_steps(device: str, graph: bool) -> None:
+    """Losses, accuracies and gradient norms of the steps whose episodes numpy makes, and the averages after them."""
+    config = Config(ways=3, shot=1, query=2, meta_batch=4, augment=True, model=ModelConfig(filters=8))
+    bank, models = make_bank([9, 14, 30, 8, 11]), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(LGMNet(config.model).train().to(device))
+    steps = DeviceSteps(
+        models[0], make_optimizer(models[0], config), DeviceSampler(bank, config, device), config, graph=graph
+    )
+    optimizer = make_optimizer(models[1], config)
+    for step in range(4):
+        batch = sample_episodes(bank, config, "train", 4 * step, 4).to(device)
+        known = train_step(models[1], optimizer, batch, config, step)
+        torch.testing.assert_close(steps(step), known, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
