@@ -68,7 +68,7 @@ def race(contenders: Mapping[str, Steps], rounds: int) -> tuple[dict[str, Spread
 
             return take
 
-        return in_turn({name: timed(name) for name in contenders}, rounds, warmup=2), losses
+        return in_turn({name: timed(name) for name in contenders}, rounds), losses
 
 
 def flops(steps: Steps, model: ModelConfig | None = None) -> int:

@@ -13,7 +13,7 @@ from lgm_dist.bench.measure import Section, Spread, plain, ratio
 from lgm_dist.bench.steps import ROOT, Steps, contender
 from lgm_dist.metrics import read_metrics
 
-STEPS = 60
+STEPS = 40
 
 
 def train(data: str, data_root: str, rounds: int) -> Section:
