@@ -29,12 +29,12 @@ def growth(values: Mapping[str, Any], path: Path) -> None:
         axes[1, column].plot(x, [p["peak_bytes"] / 2**30 for p in chosen], marker="o", color="tab:orange")
         axes[1, column].set_title(f"{slope['bytes'] / 2**20:.1f} MiB each", fontsize=10)
         axes[1, column].set_xlabel(name)
-        for row in axes[:, column]:
-            row.set_ylim(bottom=0)
-            row.set_xlim(left=0)
-            row.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("ms a step")
-    axes[1, 0].set_ylabel("peak memory (GiB)")
+        for cell in axes[:, column]:
+            cell.set_xlim(left=0)
+            cell.grid(alpha=0.3)
+    for row, name in zip(axes, ("ms a step", "peak memory (GiB)"), strict=True):
+        row[0].set_ylabel(name)
+        row[0].set_ylim(bottom=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
