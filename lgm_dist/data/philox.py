@@ -81,11 +81,13 @@ def choose(words: Words, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     ordered choice is equally likely, and more choices leave the first ones as they are. Costs O(m**2) a row, whatever
     the size.
     """
-    steps = np.arange(words.shape[1])
-    rank = below(words, sizes[:, None] - steps)  # (R, m)
-    chosen = np.empty_like(rank)
-    for j in steps:
-        taken = np.sort(chosen[:, :j], axis=1)  # (R, j)
-        # taken[t] - t numbers were left below taken[t]; those with at most `rank` of them are to be skipped.
-        chosen[:, j] = rank[:, j] + (taken - steps[:j] <= rank[:, j, None]).sum(axis=1)
-    return chosen
+    rank = below(words, sizes[:, None] - np.arange(words.shape[1])).T.astype(np.int32)  # (m, R)
+    chosen, taken = np.empty_like(rank), []  # taken: the choices so far (R,) each, in every row in rising order
+    for j, number in enumerate(rank.copy()):
+        for before in taken:
+            number += before <= number  # the rank counts what is left, so each one taken below moves it up
+        chosen[j] = number
+        for t, before in enumerate(taken):  # insert it
+            taken[t], number = np.minimum(before, number), np.maximum(before, number)
+        taken.append(number)
+    return chosen.T.astype(np.int64)
