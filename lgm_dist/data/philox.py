@@ -82,7 +82,8 @@ def choose(words: Words, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     the size.
     """
     rank = below(words, sizes[:, None] - np.arange(words.shape[1])).T.astype(np.int32)  # (m, R)
-    chosen, taken = np.empty_like(rank), []  # taken: the choices so far (R,) each, in every row in rising order
+    chosen = np.empty_like(rank)
+    taken: list[npt.NDArray[np.int32]] = []  # the choices so far, (R,) each, in every row in rising order
     for j, number in enumerate(rank.copy()):
         for before in taken:
             number += before <= number  # the rank counts what is left, so each one taken below moves it up
