@@ -6,10 +6,11 @@ import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.config import Config
@@ -71,7 +72,8 @@ def _easyfsl(bank: ImageBank) -> Callable[[], object]:
     labels = np.repeat(np.arange(len(bank.classes)), bank.counts)
     everything = load_images(bank, CONFIG, np.arange(len(bank.images))).contiguous()  # (n, C, H, W)
     dataset = FeaturesDataset(labels.tolist(), everything, list(bank.classes))
-    sampler = TaskSampler(dataset, CONFIG.ways, CONFIG.shot, CONFIG.query, EPISODES)
+    with mock.patch.object(Sampler, "__init__", return_value=None):  # it hands on an argument that torch has dropped
+        sampler = TaskSampler(dataset, CONFIG.ways, CONFIG.shot, CONFIG.query, EPISODES)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
     return lambda: list(loader)
 
