@@ -93,19 +93,26 @@ def train_step(
     `model` is an LGMNet in training mode, or one wrapped for data-parallel training. Returns (3,): the slice's mean loss
     (-log probability of the label) and its accuracy, both times `weight`, and the L2 norm of the gradient; no host
     synchronisation. Where slices differ in size, a `weight` of slice * world_size / meta_batch makes the workers' means of
-    loss, accuracy and gradient those of the whole meta-batch.
+    loss, accuracy and gradient those of the whole meta-batch. A gradient that is not finite changes no weight.
     """
     set_rates(optimizer, config, step)
-    noise = batch.noise if config.noise == "sample" else None
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        log_p = model(batch.support, batch.query, config.ways, noise)  # (B, T, N) float32
+    log_p = log_probabilities(model, batch, config)  # (B, T, N)
     loss = weight * F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # ()
+    # fused Adam then leaves weights and its own state alone: those that gave the loss, for `diagnosis` to look at
+    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]  # ()
     optimizer.step()
     accuracy = weight * (log_p.argmax(-1) == batch.labels).float().mean()  # ()
     return torch.stack([loss.detach(), accuracy, grad_norm])  # (3,)
+
+
+def log_probabilities(model: nn.Module, batch: EpisodeBatch, config: Config) -> Tensor:
+    """What `model` answers in training, with the noise and precision of `config`: (B, T, N) float32."""
+    noise = batch.noise if config.noise == "sample" else None
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return model(batch.support, batch.query, config.ways, noise)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
