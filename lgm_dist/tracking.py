@@ -61,6 +61,10 @@ class Mirror:
         self._done = self._last = 0  # its DONE, and the row that was logged last
         self._facts: dict[str, Any] = {}
         self._tail = Tail(run)
+        self._service, self._revived = (
+            "",
+            -1,
+        )  # W&B's own process, and how many rows had been logged when it was replaced
         self._stop = threading.Event()
         self._lock = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -109,6 +113,7 @@ class Mirror:
             self._facts = read_json(self._run / FACTS)
             config = self._config.to_dict() | self._facts
             self._wandb = _init(self._run, self._config, config, self._group, self._job_type, resume="allow")
+            self._service = os.environ.get("WANDB_SERVICE", "")
             self._held.update(range(self._wandb.starting_step))
             self._done = self._done or int(self._wandb.summary.get(DONE) or 0)
 
@@ -155,12 +160,17 @@ class Mirror:
         self._wandb.summary.update(summary(result))
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Does `work`; where W&B fails, says so once and leaves it at that."""
+        """Does `work`, again where W&B's own process has ended; where W&B fails, says so once and leaves it at that."""
         if self.failure:
             return
         try:
             work()
         except Exception as error:  # of a dozen kinds, and none may end a training
+            ended = isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError"
+            if ended and self.logged > self._revived:
+                self._guard(self._revive)
+                self._guard(work)
+                return
             self.failure = _sentence(error)
             sys.stderr.write(
                 f"W&B does not hold all of {self._run} ({self.failure}); metrics.jsonl does, and "
@@ -168,8 +178,16 @@ class Mirror:
             )
             with contextlib.suppress(Exception):
                 self._wandb.finish(exit_code=1)
-            if isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError":
-                _forget_service()
+            if ended:
+                _forget_service(self._service)
+
+    def _revive(self) -> None:
+        """Goes on with a new process of W&B's, which sends again what the old one has lost."""
+        self._revived = self.logged
+        _forget_service(self._service)
+        self._wandb, self._tail, self._held, self._done, self._last = None, Tail(self._run), set(), 0, 0
+        if self._mode == "offline":
+            self._held, self._done = _held(self._run, _wandb_id(self._run))
 
 
 def replay(run: Path, config: Config) -> tuple[int, int] | None:
@@ -254,12 +272,17 @@ def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_typ
     return tracked
 
 
-def _forget_service() -> None:
-    """W&B's service is gone, as after `ray job stop`, which ends it too: else W&B fails once more at exit, with a traceback."""
+def _forget_service(service: str) -> None:
+    """W&B's service is gone, as after `ray job stop`, which ends it too: else W&B fails once more at exit, with a traceback.
+
+    Another run of this process may have replaced it already.
+    """
     import wandb
 
-    with contextlib.suppress(Exception):
-        wandb.teardown()
+    if os.environ.get("WANDB_SERVICE", service) == service:
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+        os.environ.pop("WANDB_SERVICE", None)
 
 
 def _leave_service() -> None:
