@@ -211,38 +211,42 @@ def _stop_on_signals(run: Path) -> Iterator[None]:
 
 
 def _train_with_ray(job: Job, config: Config) -> None:
-    if config.hang_seconds:  # Ray Train's own is for workers that do not even answer it, such as stopped ones
+    """Trains in a Ray of our own or a cluster's; once more, and in a new Ray of our own, where Ray Train's controller died."""
+    if config.hang_seconds:  # Ray Train's own limit is for workers that do not even answer it, such as stopped ones
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_seconds)
+    what = ""
+    for attempt in range(config.max_failures + 1):
+        if attempt:
+            sys.stderr.write(
+                f"Ray Train's controller failed ({what}); training starts again from the last checkpoint\n"
+            )
+        what = _fit_with_ray(job, config)
+        if not what:
+            return
+    raise RunFailed(f"Ray Train's controller kept failing ({what}); the same command goes on from the last checkpoint")
+
+
+def _fit_with_ray(job: Job, config: Config) -> str:
+    """Returns how Ray Train's controller failed, "" where it did not. Raises RunFailed where the workers did."""
     started = connect(max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads))
     import ray
+    from ray.train import ControllerError, WorkerGroupError
 
     pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
     try:
         with _stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
-            failure = _until_done(lambda: pool.submit(_trainer(job, config).fit).result(), config)
+            failure = pool.submit(_trainer(job, config).fit).result().return_value
+    except WorkerGroupError as error:
+        raise RunFailed(_first_failure(error.worker_failures)) from error
+    except (ControllerError, ray.exceptions.RayActorError) as error:
+        return _one_line(error)
     finally:
         pool.shutdown(wait=False)
         if started:
             ray.shutdown()
     if failure:
         raise RunFailed(failure)
-
-
-def _until_done(fit: Callable[[], Any], config: Config) -> str | None:
-    """Runs Ray Train, again where its controller died. Returns why the run must not go on, None where all is well."""
-    from ray.exceptions import RayActorError
-    from ray.train import ControllerError, WorkerGroupError
-
-    for attempt in range(1, config.max_failures + 2):
-        try:
-            failure: str | None = fit().return_value
-            return failure
-        except WorkerGroupError as error:  # after config.max_failures replacements
-            raise RunFailed(_first_failure(error.worker_failures)) from error
-        except (ControllerError, RayActorError) as error:
-            what = " ".join(str(error).split()).partition(". ")[0]
-            sys.stderr.write(f"Ray Train's controller failed ({what}), {attempt} of {config.max_failures + 1} times\n")
-    raise RunFailed(f"Ray Train's controller kept failing ({what}); the same command goes on from the last checkpoint")
+    return ""
 
 
 def _trainer(job: Job, config: Config) -> Any:
@@ -370,4 +374,10 @@ def _report(_: int, metrics: dict[str, float], folder: Path | None) -> None:
 
 def _first_failure(failures: dict[int, Exception]) -> str:
     rank, failure = min(failures.items())
-    return f"worker {rank} failed: {failure}"
+    return f"worker {rank} failed: {_one_line(failure)}"
+
+
+def _one_line(error: Exception) -> str:
+    """The sentence of a text that goes on with details, or comes after a traceback."""
+    lines = str(getattr(error, "controller_failure", error)).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if lines[0].startswith("Traceback") else 0]
