@@ -7,10 +7,10 @@ compares what is left with a run that was left alone, bit for bit. Linux: proces
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,15 @@ class Outcome:
 class Training:
     """A scripts/train.py of its own, begun again by the same command when it has been killed."""
 
-    def __init__(self, folder: Path, name: str, *flags: str, environment: dict[str, str] | None = None) -> None:
-        places = (f"--data-root={folder}/data", f"--cache={folder}/cache", f"--storage={folder}", f"--name={name}")
-        self.run = folder / name
-        self._command = [sys.executable, str(ROOT / "scripts/train.py"), *SMALL, *places, *flags]
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    def __init__(
+        self, folder: Path, name: str, *flags: str, storage: Path | None = None, code: str = "", **environment: str
+    ) -> None:
+        storage = storage or folder
+        places = (f"--data-root={folder}/data", f"--cache={folder}/cache", f"--storage={storage}", f"--name={name}")
+        self.run = storage / name
+        python = [sys.executable, *(["-c", code] if code else [])]
+        self._command = [*python, str(ROOT / "scripts/train.py"), *SMALL, *places, *flags]
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         self._log = folder / f"{name}.log"
         self.start()
 
@@ -77,7 +81,7 @@ class Training:
 
     def step(self) -> int:
         """Steps in metrics.jsonl so far."""
-        return max((row["step"] for row in read_metrics(self.run)), default=0)
+        return newest_step(self.run)
 
     def said(self) -> str:
         """All output so far."""
@@ -121,6 +125,11 @@ class Training:
         part = {"W&B": "wandb-core", "controller": "ray::TrainController"}.get(fault, "ray::RayTrainWorker")
         pids = [pid for pid, name in found.items() if part in name]
         return [pid for pid in pids if fault != "rank 0" or _holds(pid, self.run / METRICS)]
+
+
+def newest_step(run: Path) -> int:
+    """The last step in a run's metrics.jsonl, 0 without one."""
+    return max((row["step"] for row in read_metrics(run)), default=0)
 
 
 def _holds(pid: int, path: Path) -> bool:
@@ -186,6 +195,196 @@ def _past_this_step(training: Training) -> Callable[[], bool]:
     return past
 
 
+def resize(folder: Path, _: argparse.Namespace) -> list[Outcome]:
+    """A driver is killed and the run goes on with another number of workers."""
+    flags = ("--steps-per-epoch=300", "--eval-every=50", "--lr=1e-6", "--lr-min=0")
+    alone = Training(folder, "one-process", *flags, "--workers=0")
+    alone.wait()
+    outcomes = []
+    for before, after in ((1, 2), (2, 1)):
+        outcome = Outcome(f"driver killed, gone on with {after} for {before} workers", tried=1)
+        training = Training(folder, f"from-{before}-to-{after}", *flags, f"--workers={before}")
+        training.until(lambda training=training: training.step() >= 120)  # type: ignore[misc]
+        training.process.kill()
+        training.process.wait()
+        again, start = Training(folder, training.run.name, *flags, f"--workers={after}"), time.monotonic()
+        past = _past_this_step(again)
+        again.until(past)
+        outcome.seconds.append(time.monotonic() - start)
+        again.wait()
+        outcome.rows, outcome.note = _losses(again.run, alone.run)
+        outcome.recovered = 1
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _losses(run: Path, alone: Path) -> tuple[int, str]:
+    """Rows of `run` that are missing or twice, and by how much its losses differ from those of `alone`."""
+    ours = [(row["step"], row["train/loss"]) for row in rows_of(run)]
+    theirs = [(row["step"], row["train/loss"]) for row in rows_of(alone)][: len(ours)]
+    missing = len({step for step, _ in ours} ^ {step for step, _ in theirs}) + len(ours) - len(dict(ours))
+    difference = max(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=False))
+    return missing, f"{len(ours)} losses differ by at most {difference:.1e}"
+
+
+def storage(folder: Path, _: argparse.Namespace) -> list[Outcome]:
+    """Full, read-only, away for half a minute, and gone: a training that waits, or ends in a sentence and is begun again."""
+    flags = ("--workers=0", "--steps-per-epoch=1500", "--eval-every=100", "--wandb=disabled")
+    alone = Training(folder, "alone-in-one-process", *flags)
+    alone.wait()
+    disk = folder / "disk"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=True)
+    ballast = disk / "ballast"
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+
+    away = folder / "away"
+    faults: list[tuple[str, Callable[[], Any], Callable[[], Any], float]] = [
+        ("disk full for 10 s", fill, ballast.unlink, 10),
+        ("disk full", fill, ballast.unlink, 0),
+        ("storage read-only for 10 s", lambda: remount("ro"), lambda: remount("rw"), 10),
+        ("storage read-only", lambda: remount("ro"), lambda: remount("rw"), 0),
+        ("storage away for 30 s", lambda: (disk / "runs").rename(away), lambda: away.rename(disk / "runs"), 30),
+        ("storage gone", lambda: (disk / "runs").rename(away), lambda: away.rename(disk / "runs"), 0),
+    ]
+    try:
+        return [
+            _storage_fault(folder, disk / "runs", alone, flags, number, fault) for number, fault in enumerate(faults)
+        ]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def _storage_fault(
+    folder: Path,
+    place: Path,
+    alone: Training,
+    flags: tuple[str, ...],
+    number: int,
+    fault: tuple[str, Callable[[], Any], Callable[[], Any], float],
+) -> Outcome:
+    name, begin, end, lasts = fault
+    patience = f"--storage-seconds={60 if lasts else 3}"
+    training = Training(folder, f"run-{number}", *flags, patience, storage=place)
+    training.until(lambda: training.step() >= 250)
+    begin()
+    if not lasts:
+        training.wait(status=1)  # of itself, in a sentence
+    time.sleep(lasts)
+    end()
+    outcome, start = Outcome(name, tried=1), time.monotonic()
+    past = training.step()
+    if lasts:
+        training.until(lambda: training.step() > past)
+    else:
+        last = training.said().splitlines()[-1]
+        assert last.startswith("train.py: "), last
+        outcome.note = "ended in a sentence, then begun again"
+        training.start()
+        training.until(lambda: training.step() > past)
+    outcome.seconds.append(time.monotonic() - start)
+    training.wait()
+    outcome.recovered, outcome.rows = 1, wrong_rows(training.run, alone.run)
+    outcome.bits = changed_bits(training.run, alone.run)
+    return outcome
+
+
+def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
+    """--workers 1:4 on a cluster of this machine: a node is added, and one that works is removed without warning."""
+    from lgm_dist.ray_train import prepare_for_ray
+
+    prepare_for_ray()
+    from ray.cluster_utils import Cluster
+
+    node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": True})
+    flags = ("--eval-every=100", "--lr=1e-6", "--lr-min=0", "--wandb=disabled", "--meta-batch=12")
+    training = Training(
+        folder,
+        "elastic",
+        *(*flags, "--steps-per-epoch=1000000", "--workers=1:4", "--storage-seconds=5", "--max-failures=20"),
+        RAY_ADDRESS=cluster.address,
+        RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20",
+        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+        RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    outcomes = []
+    try:
+        training.until(lambda: training.step() >= 100)
+        for name, change, sizes in (
+            ("node added", lambda: cluster.add_node(**node), "1 -> 2"),
+            ("second node added", lambda: cluster.add_node(**node), "2 -> 3"),
+            ("node removed hard", lambda: cluster.remove_node(next(iter(cluster.worker_nodes)), False), "3 -> 2"),
+        ):
+            past = _past_this_step(training)
+            start = time.monotonic()
+            change()
+            training.until(lambda sizes=sizes: f"world size {sizes} from step" in training.said())  # type: ignore[misc]
+            training.until(past)
+            outcomes.append(Outcome(name, 1, 1, [time.monotonic() - start], note=f"world size {sizes} in the log"))
+        training.process.send_signal(signal.SIGTERM)
+        training.wait(status=1)  # it leaves a checkpoint
+    finally:
+        training.process.kill()
+        cluster.shutdown()
+    steps = newest_step(training.run)
+    alone = Training(folder, "not-elastic", *flags, "--workers=0", f"--steps-per-epoch={steps}")
+    alone.wait()
+    rows, note = _losses(training.run, alone.run)
+    return [*outcomes, Outcome("all of these in one training", 3, 3, rows=rows, note=note)]
+
+
+def starts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
+    """Eight trainings are begun at once where neither the data set nor a bank of its images has been made."""
+    fresh = folder / "starts"
+    fresh.mkdir()
+    logged = "import logging, runpy, sys; logging.basicConfig(level=logging.INFO); sys.argv = sys.argv[1:]; "
+    logged += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    few = ("--workers=0", "--steps-per-epoch=4", "--eval-every=4", "--wandb=disabled")
+    trainings = [Training(fresh, f"start-{number}", *few, code=logged) for number in range(8)]
+    for training in trainings:
+        training.wait()
+    decoded = [line for training in trainings for line in training.said().splitlines() if ": decoded " in line]
+    banks = sorted(path.name for path in (fresh / "cache").glob("*.uint8"))
+    equal = sum(changed_bits(training.run, trainings[0].run) for training in trainings)
+    recovered = 8 if len(decoded) == len(banks) == 3 else 0
+    note = f"{len(decoded)} decodings, {len(banks)} banks: one a split"
+    return [Outcome("8 first starts at once", 8, recovered, bits=equal, note=note)]
+
+
+def memory(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
+    """Memory of each process over 10,000 steps: the median of the last tenth against that of the second."""
+    steps = 10_000
+    workers = (f"--workers={flags.workers}", f"--steps-per-epoch={steps}", "--eval-every=500")
+    training, seen = Training(folder, "long", *workers), dict[tuple[int, str], list[tuple[int, int]]]()
+    while training.process.poll() is None:
+        step = training.step()
+        for pid, name in training.processes().items():
+            with contextlib.suppress(OSError):
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                seen.setdefault((pid, name), []).append((step, pages * os.sysconf("SC_PAGE_SIZE")))
+        time.sleep(2)
+    training.wait()
+    outcomes = []
+    for (_, name), samples in seen.items():
+        early = [size for step, size in samples if steps * 0.1 < step <= steps * 0.2]
+        late = [size for step, size in samples if steps * 0.9 < step < steps]
+        if early and late:
+            growth = median(late) / median(early) - 1
+            note = f"{median(late) / 2**20:.0f} MiB, {100 * growth:+.1f} %"
+            short = " ".join(Path(word).name for word in name.split()[:2])
+            outcomes.append(Outcome(f"memory of {short}", 1, int(growth <= 0.02), note=note))
+    return outcomes
+
+
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock and the process's memory say."""
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in read_metrics(run)]
@@ -197,12 +396,16 @@ def _wandb_runs(run: Path) -> set[str]:
 
 def lost_rows(run: Path, alone: Path) -> int:
     """Rows that are missing, twice or other ones in metrics.jsonl, and steps that W&B's files do not hold."""
-    ours, theirs = rows_of(run), rows_of(alone)
-    wrong = sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
     held: set[int] = set()
     for wandb_id in _wandb_runs(run):
         held |= _held(run, wandb_id)[0]
-    return wrong + len({row["step"] for row in theirs} ^ held)
+    return wrong_rows(run, alone) + len({row["step"] for row in rows_of(alone)} ^ held)
+
+
+def wrong_rows(run: Path, alone: Path) -> int:
+    """Rows that are missing, twice or other ones in metrics.jsonl."""
+    ours, theirs = rows_of(run), rows_of(alone)
+    return sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
 
 
 def changed_bits(run: Path, alone: Path) -> int:
@@ -249,7 +452,14 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     return table(HEADER, lines)
 
 
-PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {"kills": kills}
+PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
+    "kills": kills,
+    "resize": resize,
+    "storage": storage,
+    "elastic": elastic,
+    "starts": starts,
+    "memory": memory,
+}
 
 
 def main(argv: list[str]) -> None:
