@@ -93,7 +93,11 @@ class Mirror:
         wandb_id = _wandb_id(self._run)
         self._lock.enter_context(_locked(self._run))
         if self._mode == "offline":
-            self._held, self._done = _held(self._run, wandb_id)
+            self._recall(wandb_id)
+
+    def _recall(self, wandb_id: str) -> None:
+        steps, self._done = held_steps(self._run, wandb_id)
+        self._held = set(steps)
 
     def _send(self, rows: list[dict[str, Any]]) -> None:
         """Logs the rows that W&B does not hold; rows come again where a worker went back to a checkpoint."""
@@ -136,7 +140,7 @@ class Mirror:
     def _check(self, steps: set[int]) -> None:
         """Offline, W&B does not say what it could not write; online, `finish` does."""
         if self._mode == "offline":
-            lost = steps - _held(self._run, self._wandb.id)[0]
+            lost = steps - set(held_steps(self._run, self._wandb.id)[0])
             if lost:
                 raise RuntimeError(f"{len(lost)} of {len(steps)} rows are not in its files; is the disk full?")
 
@@ -187,7 +191,7 @@ class Mirror:
         _forget_service(self._service)
         self._wandb, self._tail, self._held, self._done, self._last = None, Tail(self._run), set(), 0, 0
         if self._mode == "offline":
-            self._held, self._done = _held(self._run, _wandb_id(self._run))
+            self._recall(_wandb_id(self._run))
 
 
 def replay(run: Path, config: Config) -> tuple[int, int] | None:
@@ -313,16 +317,17 @@ def _locked(run: Path) -> Iterator[None]:
         yield
 
 
-def _held(run: Path, wandb_id: str) -> tuple[set[int], int]:
-    """The steps in the offline files of earlier starts, and DONE. A killed process left its file without its tail, or none."""
-    steps: set[int] = set()
+def held_steps(run: Path, wandb_id: str) -> tuple[list[int], int]:
+    """The rows' steps in the offline files of earlier starts, and DONE. A killed process left its file without its tail, or
+    none."""
+    steps: list[int] = []
     done = 0
     for file in sorted(run.glob(f"wandb/offline-run-*-{wandb_id}/*.wandb")):
         inspect = [sys.executable, "-P", "-m", "wandb", "leet", "inspect", "--json", str(file)]
         lines = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.splitlines()
         for record in map(json.loads, lines):
             if record["type"] == "history":
-                steps.add(record["history"]["step"]["num"])
+                steps.append(record["history"]["step"]["num"])
             elif record["type"] == "summary":
                 done = int(record["summary"].get("update", {}).get(DONE, done))
     return steps, done
