@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -202,20 +203,21 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
         GLOO_SOCKET_IFNAME="lo",
     )
     outcomes = []
-    changes: list[tuple[str, Callable[[], Any], str]] = [
-        ("node added", lambda: cluster.add_node(**node), "1 -> 2"),
-        ("second node added", lambda: cluster.add_node(**node), "2 -> 3"),
-        ("node removed hard", lambda: cluster.remove_node(next(iter(cluster.worker_nodes)), False), "3 -> 2"),
+    changes: list[tuple[str, Callable[[], Any], int]] = [
+        ("node added", lambda: cluster.add_node(**node), 2),
+        ("second node added", lambda: cluster.add_node(**node), 3),
+        ("node removed hard", lambda: cluster.remove_node(next(iter(cluster.worker_nodes)), False), 2),
     ]
     try:
         training.until(lambda: training.step() >= 100)
-        for name, change, sizes in changes:
+        for name, change, size in changes:
+            before = len(_world_sizes(training))
             past = past_this_step(training)
             start = time.monotonic()
             change()
-            training.until(lambda sizes=sizes: f"world size {sizes} from step" in training.said())  # type: ignore[misc]
+            training.until(lambda n=before, size=size: _world_sizes(training)[n:][-1:] == [size])  # type: ignore[misc]
             training.until(past)
-            outcomes.append(Outcome(name, 1, 1, [time.monotonic() - start], note=f"world size {sizes} in the log"))
+            outcomes.append(Outcome(name, 1, 1, [time.monotonic() - start], note=f"in the log: world size -> {size}"))
         training.process.send_signal(signal.SIGTERM)
         training.wait(status=1)  # it leaves a checkpoint
     finally:
@@ -226,6 +228,11 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     alone.wait()
     rows, note = _losses(training.run, alone.run)
     return [*outcomes, Outcome("all of these in one training", 3, 3, rows=rows, note=note)]
+
+
+def _world_sizes(training: Training) -> list[int]:
+    """Those that the log says that the run went on with."""
+    return [int(size) for size in re.findall(r"world size \d+ -> (\d+) from step", training.said())]
 
 
 def starts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
