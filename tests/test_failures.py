@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,6 +146,7 @@ def test_workers_agree_on_the_episode_that_is_not_finite(small: Config, tmp_path
 
 def in_a_process(work: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
     """Started as `work`, whose OSError is its last words, in the file `said` in the folder that is its first argument."""
+    (arguments[0] / "said").touch()
     process = multiprocessing.get_context("fork").Process(target=_speaking, args=(work, *arguments), daemon=True)
     process.start()
     return process
@@ -164,10 +167,13 @@ def _speaking(work: Callable[..., None], folder: Path, *arguments: Any) -> None:
     os._exit(0)
 
 
-def limited(folder: Path, tiny: Path, most: int) -> None:
-    """From the start of the training on no file gets larger than `most` bytes, as on a disk that is full."""
-    job = make_job(config(tiny, folder / "runs", storage_seconds=1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+def limited(folder: Path, tiny: Path, most: int, seconds: float = math.inf) -> None:
+    """From the start of the training on no file gets larger than `most` bytes, as on a disk that is full for `seconds`."""
+    job = make_job(config(tiny, folder / "runs", storage_seconds=1 if seconds == math.inf else 30))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    if seconds < math.inf:
+        free = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        threading.Timer(seconds, resource.setrlimit, (resource.RLIMIT_FSIZE, free)).start()
     train(job)
 
 
@@ -195,6 +201,19 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_damages_nothing(
     assert len(read_metrics(run)) in rows
     assert not (run / "result.json").exists()
     assert history(trained(config(tiny, tmp_path / "runs"))) == history(whole)
+    assert digests(run) == digests(whole)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing_but_time(whole: Path, tiny: Path, tmp_path: Path) -> None:
+    """The row that it took half of is written on from there."""
+    process = in_a_process(limited, tmp_path, tiny, 1_000, 2.0)
+    run = tmp_path / "runs/run"
+    while process.is_alive() and "trying again" not in (tmp_path / "said").read_text():
+        time.sleep(0.01)
+    assert not (run / "metrics.jsonl").read_bytes().endswith(b"\n"), "else this shows less"
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
+    assert history(run) == history(whole)
     assert digests(run) == digests(whole)
 
 
