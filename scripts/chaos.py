@@ -1,4 +1,4 @@
-"""What a training survives: `scripts/chaos.py kills` ends its processes at random; `storage`, `elastic`, `starts`, `memory`.
+"""What a training survives: `scripts/chaos.py kills` ends its processes at random; the other parts are in PARTS, or all.
 
 Each part trains a tiny network on the built-in glyphs, does the real thing to its processes, its storage or its cluster, and
 compares what is left with a run that was left alone, bit for bit. Linux: processes are found in /proc.
@@ -115,7 +115,7 @@ def _losses(run: Path, alone: Path) -> tuple[int, str]:
 
 def storage(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     """Full, read-only, away for half a minute, and gone: a training that waits, or ends in a sentence and is begun again."""
-    flags = ("--workers=0", "--steps-per-epoch=1500", "--eval-every=100", "--wandb=disabled")
+    flags = ("--workers=0", "--steps-per-epoch=600", "--eval-every=50", "--wandb=disabled")
     alone = Training(folder, "alone-in-one-process", *flags)
     alone.wait()
     disk = folder / "disk"
@@ -230,6 +230,15 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     return [*outcomes, Outcome("all of these in one training", 3, 3, rows=rows, note=note)]
 
 
+def finite(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
+    """A learning rate with which the second step's loss is no number: the run ends, and is not tried again."""
+    training = Training(folder, "not-finite", f"--workers={flags.workers}", "--lr=1e30", "--steps-per-epoch=50")
+    training.wait(status=1)
+    last = training.said().splitlines()[-1]
+    stopped = last.startswith("train.py: at step 2 the output of ") and newest_step(training.run) == 1
+    return [Outcome("loss not finite", 1, int(stopped and "start again" not in training.said()), note=f"`{last}`")]
+
+
 def _world_sizes(training: Training) -> list[int]:
     """Those that the log says that the run went on with."""
     return [int(size) for size in re.findall(r"world size \d+ -> (\d+) from step", training.said())]
@@ -282,6 +291,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
     "kills": kills,
     "resize": resize,
     "storage": storage,
+    "finite": finite,
     "elastic": elastic,
     "starts": starts,
     "memory": memory,
