@@ -133,7 +133,12 @@ class Config:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases. auto: online with WANDB_API_KEY or a login, else offline."""
     max_failures: int = 3
-    """How often a failed worker is replaced before the run gives up."""
+    """How often failed workers are replaced, and Ray Train's controller, before the run gives up."""
+    hang_seconds: int = 600
+    """Longest that a worker's step or evaluation may take: one that takes longer is hung, and the workers start again from
+    the last checkpoint (0: they are waited for)."""
+    storage_seconds: int = 60
+    """How long a storage that cannot be written is tried again before the run ends."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
 
@@ -144,7 +149,7 @@ class Config:
             _positive(self, name)
         for name in ("workers", "max_workers", "cpus_per_worker", "seed", "eval_seed", "max_failures"):
             _not_negative(self, name)
-        for name in ("test_episodes", "eval_ways", "eval_shot"):
+        for name in ("test_episodes", "eval_ways", "eval_shot", "hang_seconds", "storage_seconds"):
             _not_negative(self, name)
         _choice(self, "protocol", get_args(Protocol))
         _choice(self, "noise", ("sample", "mean"))
@@ -181,6 +186,11 @@ class Config:
             below = self.meta_batch // self.workers * self.workers
             fix = " or ".join(str(m) for m in (below, below + self.workers) if m)
             raise ValueError(f"meta_batch ({self.meta_batch}) must be divisible by workers ({self.workers}); use {fix}")
+        if 0 < self.hang_seconds <= self.storage_seconds:
+            raise ValueError(
+                f"hang_seconds ({self.hang_seconds}) must be above storage_seconds ({self.storage_seconds}), as a worker "
+                "that waits for the storage is not hung, or 0"
+            )
         if not self.data:
             raise ValueError("data ('') must name a data set; use fc100, glyphs or the path of a manifest")
         if "/" in self.name or self.name in (".", ".."):

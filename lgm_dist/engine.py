@@ -94,27 +94,39 @@ def train_step(
     `model` is an LGMNet in training mode, or one wrapped for data-parallel training. Returns (3,): the slice's mean loss
     (-log probability of the label) and its accuracy, both times `weight`, and the L2 norm of the gradient; no host
     synchronisation. Where slices differ in size, a `weight` of slice * world_size / meta_batch makes the workers' means of
-    loss, accuracy and gradient those of the whole meta-batch.
+    loss, accuracy and gradient those of the whole meta-batch. A gradient that is not finite changes no weight.
     """
     optimizer.zero_grad()
     figures = gradients(model, batch, config, weight)  # (3,)
-    set_rates(optimizer, config, step)
-    optimizer.step()
+    _apply(optimizer, config, step, figures)
     return figures
 
 
 def gradients(model: nn.Module, batch: EpisodeBatch, config: Config, weight: float = 1.0) -> Tensor:
     """The part of `train_step` before the optimizer: adds to the parameters' gradients, returns the step's figures (3,)."""
-    noise = batch.noise if config.noise == "sample" else None
-    half = config.precision == "bf16"
-    # No weight is used twice, so autocast's cache of cast weights would save nothing, and a CUDA graph must not hold it.
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-        log_p = model(batch.support, batch.query, config.ways, noise)  # (B, T, N) float32
+    log_p = log_probabilities(model, batch, config)  # (B, T, N)
     loss = weight * F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
     loss.backward()
     grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # ()
     accuracy = weight * (log_p.argmax(-1) == batch.labels).float().mean()  # ()
     return torch.stack([loss.detach(), accuracy, grad_norm])  # (3,)
+
+
+def _apply(optimizer: torch.optim.Optimizer, config: Config, step: int, figures: Tensor) -> None:
+    """Step `step` of the optimizer, of gradients that have these figures (3,)."""
+    set_rates(optimizer, config, step)
+    # fused Adam then leaves weights and its own state alone: those that gave the loss, for `diagnosis` to look at
+    optimizer.found_inf = (~torch.isfinite(figures[2])).float()  # type: ignore[attr-defined]  # ()
+    optimizer.step()
+
+
+def log_probabilities(model: nn.Module, batch: EpisodeBatch, config: Config) -> Tensor:
+    """What `model` answers in training, with the noise and precision of `config`: (B, T, N) float32."""
+    noise = batch.noise if config.noise == "sample" else None
+    half = config.precision == "bf16"
+    # No weight is used twice, so autocast's cache of cast weights would save nothing, and a CUDA graph must not hold it.
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+        return model(batch.support, batch.query, config.ways, noise)  # type: ignore[no-any-return]
 
 
 class DeviceSteps:
@@ -149,8 +161,7 @@ class DeviceSteps:
         else:
             self._optimizer.zero_grad()
             figures = self._gradients()
-        set_rates(self._optimizer, self._config, step)
-        self._optimizer.step()
+        _apply(self._optimizer, self._config, step, figures)
         return figures
 
     def _gradients(self) -> Tensor:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
+import socket
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -21,10 +28,13 @@ from lgm_dist.data.prepare import ensure_manifest
 from lgm_dist.engine import Evaluation, Worker
 from lgm_dist.metrics import read_metrics
 
-CONFIG, FACTS, RESULT = "config.json", "facts.json", "result.json"
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CONFIG, FACTS, RESULT, OWNER = "config.json", "facts.json", "result.json", "owner"
 MAY_CHANGE = {
-    *("epochs", "workers", "max_workers", "cpus_per_worker", "device", "max_failures"),
-    *("data_root", "source", "cache", "name", "storage", "wandb"),
+    *("epochs", "workers", "max_workers", "cpus_per_worker", "device", "max_failures", "hang_seconds"),
+    *("data_root", "source", "cache", "name", "storage", "storage_seconds", "wandb"),
 }
 """Fields with which a run may be resumed differently from how it was started."""
 
@@ -70,19 +80,60 @@ def read_config(run: Path) -> Config:
 
 
 def _claim(config: Config) -> Path:
-    """The run's folder, made or taken up again. Refuses one that was started with another configuration."""
+    """The run's folder, made or taken up again. Refuses one that was started with another configuration, or is in use."""
     run = make_folder(Path(config.storage).absolute() / config.run_name)
     ours = config.to_dict()
-    if (run / CONFIG).exists():
-        theirs = read_config(run).to_dict()
-        for name in ours:
-            if name not in MAY_CHANGE and theirs[name] != ours[name]:
-                raise ValueError(
-                    f"run {config.run_name!r} was started with {name} {theirs[name]!r}, not {ours[name]!r}; "
-                    f"give another --name, or delete {run}"
-                )
-    (run / CONFIG).write_text(json.dumps(ours, indent=1) + "\n")
+    with owned(run):
+        if (run / CONFIG).exists():
+            theirs = read_config(run).to_dict()
+            for name in ours:
+                if name not in MAY_CHANGE and theirs[name] != ours[name]:
+                    raise ValueError(
+                        f"run {config.run_name!r} was started with {name} {theirs[name]!r}, not {ours[name]!r}; "
+                        f"give another --name, or delete {run}"
+                    )
+        _replace(run / CONFIG, ours)
     return run
+
+
+@contextmanager
+def owned(run: Path) -> Iterator[None]:
+    """Keeps the run's folder for this process, however that ends. Raises ValueError where it is another's, with its place."""
+    with (run / OWNER).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"run {run.name!r} in storage {run.parent} is being trained by {file.read() or 'another process'}; wait for "
+                "it, stop it, or give another --name"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def persist(run: Path, seconds: float, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """write(...) into the run's folder; where the storage fails, again each second for so many `seconds`, then its OSError."""
+    failed = 0.0
+    while True:
+        try:
+            if not (run / CONFIG).exists():
+                raise FileNotFoundError(
+                    errno.ENOENT, "the run's folder has gone; nothing is made in its place", str(run)
+                )
+            return write(*args, **kwargs)
+        except OSError as error:
+            now = time.monotonic()
+            if not failed:
+                failed = now
+                sys.stderr.write(f"storage: {error}; trying again for {seconds:g} s\n")
+            if now - failed >= seconds:
+                raise
+            time.sleep(min(1.0, seconds))
 
 
 def make_folder(folder: Path) -> Path:
@@ -99,8 +150,14 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_facts(job: Job, worker: Worker) -> None:
-    """facts.json: on what the run trains now and with which code and data; W&B shows it beside the configuration."""
+def write_facts(job: Job, worker: Worker, step: int = 0) -> None:
+    """facts.json: on what the run trains now and with which code and data; W&B shows it beside the configuration.
+
+    Where the workers were more or fewer before `step`, says so on standard error.
+    """
+    before = json.loads((Path(job.run) / FACTS).read_text()) if (Path(job.run) / FACTS).exists() else {}
+    if before.get("world_size", worker.world_size) != worker.world_size:
+        sys.stderr.write(f"world size {before['world_size']} -> {worker.world_size} from step {step + 1} on\n")
     manifest = read_manifest(job.manifest)
     facts = {
         "commit": commit(),
@@ -113,7 +170,7 @@ def write_facts(job: Job, worker: Worker) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    (Path(job.run) / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    _replace(Path(job.run) / FACTS, facts)
 
 
 def commit() -> str:
@@ -142,9 +199,14 @@ def write_result(run: Path, config: Config, test: Evaluation | None, memory: lis
     }
     if test:
         result |= {"test/accuracy": test.score.accuracy, "test/ci95": test.score.ci95, "test/episodes": test.episodes}
-    beside = run / f".{RESULT}.new"
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(run / RESULT)
+    _replace(run / RESULT, result)
+
+
+def _replace(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(values, indent=1) + "\n")
+    beside.replace(path)
 
 
 def read_result(run: Path) -> dict[str, Any]:

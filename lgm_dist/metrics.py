@@ -6,6 +6,7 @@ of training so far.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -20,14 +21,24 @@ class MetricsLog:
 
     def __init__(self, run: Path, step: int) -> None:
         _drop_rows_after(run / METRICS, step)
-        self._file = (run / METRICS).open("a", buffering=1)
+        self._file = (run / METRICS).open("ab", buffering=0)
+        self._step, self._unwritten = step, b""
         self._seconds = float(max((row.get("seconds", 0.0) for row in read_metrics(run)), default=0.0))
         self._start = time.monotonic()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: metrics after `step` optimizer steps."""
-        row = {"step": step, **metrics, "seconds": round(self._seconds + time.monotonic() - self._start, 3)}
-        self._file.write(json.dumps(row) + "\n")
+        """One row: metrics after `step` optimizer steps.
+
+        Raises OSError where the storage has not taken all of it; called again with the same step, writes the rest.
+        """
+        if step > self._step:
+            row = {"step": step, **metrics, "seconds": round(self._seconds + time.monotonic() - self._start, 3)}
+            self._unwritten += json.dumps(row).encode() + b"\n"
+            self._step = step
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "the record of the run has been deleted", self._file.name)
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
 
     def close(self) -> None:
         """The run is over."""
@@ -50,7 +61,7 @@ class Tail:
                     self._inode, self._seen = inode, 0
                 file.seek(self._seen)
                 lines = file.read().split(b"\n")[:-1]
-        except FileNotFoundError:
+        except OSError:  # not there yet, or its storage is away
             return []
         self._seen += sum(len(line) + 1 for line in lines)
         try:

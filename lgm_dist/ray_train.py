@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import logging
+import math
 import os
 import signal
 import socket
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lgm_dist import checkpoint
+from lgm_dist import checkpoint, diagnosis
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import SPLITS, Config
-from lgm_dist.data import open_bank, sample_episodes
+from lgm_dist.data import EpisodeBatch, open_bank, sample_episodes
+from lgm_dist.data.device import DeviceSampler
 from lgm_dist.engine import Worker, evaluate, make_optimizer, train_step
-from lgm_dist.job import RESULT, Job, device_of, make_job, write_facts, write_result
+from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist, write_facts, write_result
 from lgm_dist.memory import keep_freed_memory, peak_memory
 from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
@@ -57,12 +61,13 @@ def fit(config: Config, group: str = "") -> Path:
     """Trains as configured, resuming the run if its folder exists, and returns that folder; `group` is W&B's.
 
     It then holds config.json, facts.json, metrics.jsonl, checkpoints/, result.json (test accuracy of the checkpoint that was
-    best on val), analysis.json and pictures. Raises ValueError for what a user can mend, before Ray starts, and RunFailed
-    where the workers kept dying or SIGTERM or Ctrl-C has ended the run after a checkpoint.
+    best on val), analysis.json and pictures. Raises ValueError for what a user can mend, before Ray starts, OSError for a
+    storage that failed for too long, and RunFailed where the workers kept dying, the loss was not finite, or SIGTERM or
+    Ctrl-C has ended the run after a checkpoint.
     """
     job = make_job(config)
     run = Path(job.run)
-    with Progress(run, config), Mirror(run, config, group):
+    with owned(run), Progress(run, config), Mirror(run, config, group):
         train(job)
         if not (run / RESULT).exists():
             state = checkpoint.load_model(checkpoint.newest(run))[2]
@@ -104,39 +109,49 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     banks = {split: open_bank(job.manifest, split, job.cache) for split in SPLITS}
     model = build_model(config, worker)
     parallel = data_parallel(model, worker)
+    sample: Callable[[int, int], EpisodeBatch] = partial(sample_episodes, banks["train"], config, "train")
+    if worker.device.startswith("cuda") and config.protocol == "standard":
+        sample = DeviceSampler(banks["train"], config, worker.device)
     optimizer = make_optimizer(model, config)
     state = checkpoint.restore(run, model, optimizer)
-    log = MetricsLog(run, state.step) if worker.rank == 0 else None
+    written: Callable[..., Any] = partial(persist, run, config.storage_seconds)
+    log = written(MetricsLog, run, state.step) if worker.rank == 0 else None
     if log:
-        write_facts(job, worker)
+        written(write_facts, job, worker, state.step)
 
     for step in range(state.step, config.steps):
+        _not_hung(config)
         start = time.monotonic()
         first, count = worker.slice_of(step * config.meta_batch, config.meta_batch)
-        batch = sample_episodes(banks["train"], config, "train", first, count).to(worker.device)
+        batch = sample(first, count).to(worker.device)
         weight = count * worker.world_size / config.meta_batch  # 1 unless elastic workers have slices of unequal size
         figures = train_step(parallel.train(), optimizer, batch, config, step, weight)
         asked = torch.tensor([float(worker.rank == 0 and (run / STOP).exists())], device=worker.device)
         loss, accuracy, grad_norm, stop = worker.mean(torch.cat([figures, asked])).tolist()
+        if not math.isfinite(loss + grad_norm):
+            raise NotFinite(diagnosis.explain(model, batch, config, step, worker), run)
         metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
         metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
         metrics["speed/episodes_per_s"] = config.meta_batch / (time.monotonic() - start)
         metrics["memory/peak_bytes"] = _peak_memory(worker)
         done, val = step + 1, None
         if done % config.eval_every == 0 or done == config.steps:
+            _not_hung(config)
             val = evaluate(model, banks["val"], config.evaluation, "val", config.eval_episodes, worker=worker)
             metrics |= {"val/accuracy": val.score.accuracy, "val/ci95": val.score.ci95}
         if log:  # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
-            log.write(done, metrics)
+            written(log.write, done, metrics)
         if val or stop:
             folder = None
             if worker.rank == 0:
-                folder = checkpoint.save(run, checkpoint.TrainState.after(done, val), model, optimizer, config, val)
+                kept = checkpoint.TrainState.after(done, val)
+                folder = written(checkpoint.save, run, kept, model, optimizer, config, val)
             if report:
                 report(done, metrics, folder)
         if stop and done < config.steps:
             return
 
+    _not_hung(config)
     test = None
     if config.test_episodes:
         model.load_state_dict(checkpoint.load_model(checkpoint.best(run))[0].state_dict())
@@ -144,7 +159,22 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     memory = worker.gather(_peak_memory(worker))
     if log:
         log.close()
-        write_result(run, config, test, memory)
+        written(write_result, run, config, test, memory)
+
+
+class NotFinite(RunFailed):
+    """The loss or its gradient is infinite or no number; the weights are those of the last finite step."""
+
+    def __init__(self, what: str, run: Path) -> None:
+        kept = [folder.name for folder in checkpoint.states_of(run)]
+        where = f"the checkpoints {', '.join(kept)} are kept" if kept else "there is no checkpoint yet"
+        super().__init__(f"{what}; {where}; another --name can train with a lower --lr")
+
+
+def _not_hung(config: Config) -> None:
+    """A Ray Train worker that is not here again within config.hang_seconds shows where it is and ends, to be replaced."""
+    if config.workers and config.hang_seconds:
+        faulthandler.dump_traceback_later(config.hang_seconds, exit=True, file=2)
 
 
 def build_model(config: Config, worker: Worker) -> LGMNet:
@@ -190,14 +220,59 @@ def _stop_on_signals(run: Path) -> Iterator[None]:
 
 
 def _train_with_ray(job: Job, config: Config) -> None:
+    """Trains in a Ray of our own or a cluster's; once more, and in a new Ray of our own, where Ray Train's controller died."""
+    if config.hang_seconds:  # Ray Train's own limit is for workers that do not even answer it, such as stopped ones
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_seconds)
+    what = ""
+    for attempt in range(config.max_failures + 1):
+        if attempt:
+            sys.stderr.write(
+                f"Ray Train's controller failed ({what}); training starts again from the last checkpoint\n"
+            )
+        what = _fit_with_ray(job, config)
+        if not what:
+            return
+    raise RunFailed(f"Ray Train's controller kept failing ({what}); the same command goes on from the last checkpoint")
+
+
+def _fit_with_ray(job: Job, config: Config) -> str:
+    """Returns how Ray Train's controller failed, "" where it did not. Raises RunFailed where the workers did."""
     started = connect(max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads))
     import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import ControllerError, WorkerGroupError
+
+    pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
+    try:
+        with _stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
+            failure = pool.submit(_trainer(job, config).fit).result().return_value
+    except WorkerGroupError as error:
+        raise RunFailed(_first_failure(error.worker_failures)) from error
+    except (ControllerError, ray.exceptions.RayActorError) as error:
+        return _one_line(error)
+    finally:
+        pool.shutdown(wait=False)
+        if started:
+            ray.shutdown()
+    if failure:
+        raise RunFailed(failure)
+    return ""
+
+
+def _trainer(job: Job, config: Config) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Failures(UserCallback):
+        """Says in the controller's output that workers are replaced."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+            sys.stderr.write(f"{_first_failure(worker_exceptions)}; the workers start again from the last checkpoint\n")
+
+    # Ray Train reads it at a start, and fails where a checkpoint that it lists is no longer kept; `restore` needs it not.
+    (Path(job.run) / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     gpu = device_of(config) == "cuda"
-    trainer = TorchTrainer(
-        _ray_worker,
+    return TorchTrainer(
+        _ray_worker,  # type: ignore[arg-type]  # its annotations know nothing of the value that it hands on
         train_loop_config=dataclasses.asdict(job),
         scaling_config=ScalingConfig(
             num_workers=(config.workers, config.max_workers) if config.max_workers else config.workers,  # type: ignore[arg-type]
@@ -210,18 +285,9 @@ def _train_with_ray(job: Job, config: Config) -> None:
             storage_path=job.run,
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=[Failures()],  # type: ignore[list-item]  # as above
         ),
     )
-    pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
-    try:
-        with _stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
-            pool.submit(trainer.fit).result()
-    except WorkerGroupError as error:
-        raise RunFailed(_first_failure(error)) from error
-    finally:
-        pool.shutdown(wait=False)
-        if started:
-            ray.shutdown()
 
 
 def connect(cpus: int, log_to_driver: bool = True) -> bool:
@@ -279,8 +345,8 @@ def start_local_ray(cpus: int, log_to_driver: bool = True) -> None:
     )
 
 
-def _ray_worker(values: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker."""
+def _ray_worker(values: dict[str, Any]) -> str | None:
+    """What Ray Train runs in each worker; says why the run must not go on, where it must not."""
     import ray.train
     import ray.train.torch
     from ray.train.v2._internal.execution import context as reporting
@@ -290,7 +356,14 @@ def _ray_worker(values: dict[str, Any]) -> None:
     keep_freed_memory()
     torch.set_num_threads(job.threads)  # Ray starts workers with OMP_NUM_THREADS=1
     world_size, device = context.get_world_size(), str(ray.train.torch.get_device())
-    train_fn(job, Worker(context.get_world_rank(), world_size, device, all_reduce if world_size > 1 else None), _report)
+    worker = Worker(context.get_world_rank(), world_size, device, all_reduce if world_size > 1 else None)
+    try:
+        train_fn(job, worker, _report)
+    except NotFinite as error:  # which would come again
+        return str(error)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return None
 
 
 def all_reduce(x: Tensor) -> None:
@@ -308,6 +381,12 @@ def _report(_: int, metrics: dict[str, float], folder: Path | None) -> None:
     )
 
 
-def _first_failure(error: Any) -> str:
-    rank, failure = min(error.worker_failures.items())
-    return f"worker {rank} failed: {failure}"
+def _first_failure(failures: dict[int, Exception]) -> str:
+    rank, failure = min(failures.items())
+    return f"worker {rank} failed: {_one_line(failure)}"
+
+
+def _one_line(error: Exception) -> str:
+    """The sentence of a text that goes on with details, or comes after a traceback."""
+    lines = str(getattr(error, "controller_failure", error)).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if lines[0].startswith("Traceback") else 0]

@@ -61,6 +61,10 @@ class Mirror:
         self._done = self._last = 0  # its DONE, and the row that was logged last
         self._facts: dict[str, Any] = {}
         self._tail = Tail(run)
+        self._service, self._revived = (
+            "",
+            -1,
+        )  # W&B's own process, and how many rows had been logged when it was replaced
         self._stop = threading.Event()
         self._lock = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -89,7 +93,11 @@ class Mirror:
         wandb_id = _wandb_id(self._run)
         self._lock.enter_context(_locked(self._run))
         if self._mode == "offline":
-            self._held, self._done = _held(self._run, wandb_id)
+            self._recall(wandb_id)
+
+    def _recall(self, wandb_id: str) -> None:
+        steps, self._done = held_steps(self._run, wandb_id)
+        self._held = set(steps)
 
     def _send(self, rows: list[dict[str, Any]]) -> None:
         """Logs the rows that W&B does not hold; rows come again where a worker went back to a checkpoint."""
@@ -109,6 +117,7 @@ class Mirror:
             self._facts = read_json(self._run / FACTS)
             config = self._config.to_dict() | self._facts
             self._wandb = _init(self._run, self._config, config, self._group, self._job_type, resume="allow")
+            self._service = os.environ.get("WANDB_SERVICE", "")
             self._held.update(range(self._wandb.starting_step))
             self._done = self._done or int(self._wandb.summary.get(DONE) or 0)
 
@@ -131,7 +140,7 @@ class Mirror:
     def _check(self, steps: set[int]) -> None:
         """Offline, W&B does not say what it could not write; online, `finish` does."""
         if self._mode == "offline":
-            lost = steps - _held(self._run, self._wandb.id)[0]
+            lost = steps - set(held_steps(self._run, self._wandb.id)[0])
             if lost:
                 raise RuntimeError(f"{len(lost)} of {len(steps)} rows are not in its files; is the disk full?")
 
@@ -155,12 +164,17 @@ class Mirror:
         self._wandb.summary.update(summary(result))
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Does `work`; where W&B fails, says so once and leaves it at that."""
+        """Does `work`, again where W&B's own process has ended; where W&B fails, says so once and leaves it at that."""
         if self.failure:
             return
         try:
             work()
         except Exception as error:  # of a dozen kinds, and none may end a training
+            ended = isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError"
+            if ended and self.logged > self._revived:
+                self._guard(self._revive)
+                self._guard(work)
+                return
             self.failure = _sentence(error)
             sys.stderr.write(
                 f"W&B does not hold all of {self._run} ({self.failure}); metrics.jsonl does, and "
@@ -168,8 +182,16 @@ class Mirror:
             )
             with contextlib.suppress(Exception):
                 self._wandb.finish(exit_code=1)
-            if isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError":
-                _forget_service()
+            if ended:
+                _forget_service(self._service)
+
+    def _revive(self) -> None:
+        """Goes on with a new process of W&B's, which sends again what the old one has lost."""
+        self._revived = self.logged
+        _forget_service(self._service)
+        self._wandb, self._tail, self._held, self._done, self._last = None, Tail(self._run), set(), 0, 0
+        if self._mode == "offline":
+            self._recall(_wandb_id(self._run))
 
 
 def replay(run: Path, config: Config) -> tuple[int, int] | None:
@@ -254,12 +276,17 @@ def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_typ
     return tracked
 
 
-def _forget_service() -> None:
-    """W&B's service is gone, as after `ray job stop`, which ends it too: else W&B fails once more at exit, with a traceback."""
+def _forget_service(service: str) -> None:
+    """W&B's service is gone, as after `ray job stop`, which ends it too: else W&B fails once more at exit, with a traceback.
+
+    Another run of this process may have replaced it already.
+    """
     import wandb
 
-    with contextlib.suppress(Exception):
-        wandb.teardown()
+    if os.environ.get("WANDB_SERVICE", service) == service:
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+        os.environ.pop("WANDB_SERVICE", None)
 
 
 def _leave_service() -> None:
@@ -290,16 +317,17 @@ def _locked(run: Path) -> Iterator[None]:
         yield
 
 
-def _held(run: Path, wandb_id: str) -> tuple[set[int], int]:
-    """The steps in the offline files of earlier starts, and DONE. A killed process left its file without its tail, or none."""
-    steps: set[int] = set()
+def held_steps(run: Path, wandb_id: str) -> tuple[list[int], int]:
+    """The rows' steps in the offline files of earlier starts, and DONE. A killed process left its file without its tail, or
+    none."""
+    steps: list[int] = []
     done = 0
     for file in sorted(run.glob(f"wandb/offline-run-*-{wandb_id}/*.wandb")):
         inspect = [sys.executable, "-P", "-m", "wandb", "leet", "inspect", "--json", str(file)]
         lines = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.splitlines()
         for record in map(json.loads, lines):
             if record["type"] == "history":
-                steps.add(record["history"]["step"]["num"])
+                steps.append(record["history"]["step"]["num"])
             elif record["type"] == "summary":
                 done = int(record["summary"].get("update", {}).get(DONE, done))
     return steps, done

@@ -13,13 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     "config": 0,
-    **dict.fromkeys(("allocator", "data", "model", "cli", "flags", "metrics"), 1),
+    **dict.fromkeys(("memory", "data", "model", "cli", "flags", "metrics"), 1),
     "engine": 2,
-    **dict.fromkeys(("checkpoint", "progress"), 3),
+    **dict.fromkeys(("checkpoint", "diagnosis", "progress"), 3),
     **dict.fromkeys(("job", "analysis", "sweeps", "panels"), 4),
     **dict.fromkeys(("plots", "tracking"), 5),
     **dict.fromkeys(("ray_train", "report"), 6),
-    "bench": 7,
+    **dict.fromkeys(("bench", "chaos"), 7),
     **dict.fromkeys(("scripts", "tune"), 8),
 }
 """DESIGN's direction: a part imports from itself and from lower layers, so data, model and cli know config alone."""

@@ -475,32 +475,48 @@ def test_a_run_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         write_all(tmp_path, 5)
         until(lambda: mirror.failure != "")
     assert (mirror.logged, mirror.failure) == (2, "ConnectionResetError: Connection lost")
-    assert of_type(inspect(folders(tmp_path)[0]), "exit")[0]["exit_code"] == 1
+    assert of_type(inspect(folders(tmp_path)[-1]), "exit")[0]["exit_code"] == 1
     assert mended(tmp_path, 5)
 
 
 SERVICE_ENDS = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from lgm_dist.config import Config
 from lgm_dist.metrics import MetricsLog
 from lgm_dist.tracking import Mirror
 run = Path(sys.argv[1])
-log = MetricsLog(run, 0)
-log.write(1, {})
+log, start = MetricsLog(run, 0), "start" in sys.argv
 with Mirror(run, Config(wandb="offline")) as mirror:
-    while not mirror.logged:
-        pass
-    os.kill(int(os.environ["WANDB_SERVICE"].rsplit("/", 1)[0].split("-")[-2]), signal.SIGKILL)
-    log.write(2, {})
+    for first in (1, 11, 21):
+        for step in range(first, first + 10):
+            log.write(step, {})
+        while mirror.logged < first + 9 and not mirror.failure:
+            time.sleep(0.01)
+        if not start and first > 1:
+            sys.modules["wandb"].init = lambda **_: 1 / 0  # it does not start again
+        os.kill(int(os.environ["WANDB_SERVICE"].rsplit("/", 1)[0].split("-")[-2]), signal.SIGKILL)
+        if mirror.failure:
+            break
 print("the run goes on")
 """
 
 
-def test_the_end_of_wandbs_own_process_is_one_sentence(tmp_path: Path) -> None:
+def test_wandbs_own_process_is_replaced_where_it_ended_and_no_row_is_lost(tmp_path: Path) -> None:
+    """Three times, at last when there is no row to come."""
+    done = subprocess.run(
+        [sys.executable, "-c", SERVICE_ENDS, str(tmp_path), "start"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, "the run goes on\n")
+    assert done.stderr == ""
+    assert steps(tmp_path) == list(range(1, 31))
+    assert len({path.name[-12:] for path in folders(tmp_path)}) == 1
+
+
+def test_the_end_of_wandbs_own_process_is_one_sentence_where_it_does_not_start_again(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SERVICE_ENDS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "the run goes on\n")
-    assert done.stderr.count(f"W&B does not hold all of {tmp_path} (") == 1, done.stderr
+    assert done.stderr.count(f"W&B does not hold all of {tmp_path} (ZeroDivisionError") == 1, done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,7 +85,9 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(finished: Pat
     assert digests(resumed) == digests(finished)
 
 
-def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_bits(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_is_refused_while_it_is_trained_and_resumed_with_the_same_bits_when_killed(
+    tiny: Path, tmp_path: Path
+) -> None:
     whole = fit(config(tiny, tmp_path / "whole", steps_per_epoch=48, eval_every=12))
     flags = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 48, "meta-batch": 4, "eval-every": 12}
     flags |= {"workers": 0, "eval-episodes": 10, "test-episodes": 20, "eval-query": 3, "data": tiny, "name": "run"}
@@ -95,8 +98,13 @@ def test_a_killed_run_is_resumed_by_the_same_command_with_the_same_bits(tiny: Pa
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(read_metrics(killed)) < 15:
         time.sleep(0.01)
+    owner = rf"run 'run' in storage .*/killed is being trained by process {process.pid} on {socket.gethostname()}; "
+    before = (killed / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=owner + "wait for it, stop it, or give another --name"):
+        fit(config(tiny, tmp_path / "killed", steps_per_epoch=48, eval_every=12, max_failures=7))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
+    assert (killed / "config.json").read_bytes() == before
     resumed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "| run" in resumed.stdout
     assert str(killed / "curves.png") in resumed.stdout
@@ -224,26 +232,31 @@ class TestUnderRay:
         assert 10 <= len(rows) < 4000
         assert list(digests(tmp_path / "run")) == [f"step-{len(rows):08d}"]
 
-    def test_a_killed_worker_is_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
+    def test_killed_and_hung_workers_are_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
         import threading
 
         long = config(tiny, tmp_path, workers=1, cpus_per_worker=1, steps_per_epoch=60, eval_every=10)
         run = tmp_path / "run"
-        thread = threading.Thread(target=_kill_worker_after, args=(run, 25))
+        hit: list[float] = []
+        thread = threading.Thread(target=_kill_and_stop_workers, args=(run, 25, 45, hit))
         thread.start()
-        fit(long)
+        fit(replace(long, hang_seconds=10, storage_seconds=1))
         thread.join()
+        assert len(hit) == 2
         assert [row["step"] for row in read_metrics(run)] == list(range(1, 61))
         alone = fit(replace(long, storage=str(tmp_path / "alone"), workers=0))
         assert history(run) == history(alone)
         assert digests(run) == digests(alone)
 
 
-def _kill_worker_after(run: Path, steps: int) -> None:
-    """SIGKILLs the Ray Train worker process once the run has logged `steps` steps."""
-    while len(read_metrics(run)) < steps:
-        time.sleep(0.02)
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        name = entry.read_bytes().split(b"\0")[0]
-        if name.startswith(b"ray::") and b"TrainWorker" in name:
-            os.kill(int(entry.parent.name), signal.SIGKILL)
+def _kill_and_stop_workers(run: Path, kill: int, stop: int, hit: list[float]) -> None:
+    """SIGKILLs the Ray Train worker once the run has logged `kill` steps, and SIGSTOPs its successor after `stop` steps."""
+    for steps, number in ((kill, signal.SIGKILL), (stop, signal.SIGSTOP)):
+        while len(read_metrics(run)) < steps:
+            time.sleep(0.02)
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            name = entry.read_bytes().split(b"\0")[0]
+            if name.startswith(b"ray::") and b"TrainWorker" in name:
+                os.kill(int(entry.parent.name), number)
+                hit.append(time.monotonic())
+        time.sleep(0.5)  # the killed one's record is written no more

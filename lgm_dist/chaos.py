@@ -1,0 +1,210 @@
+"""What scripts/chaos.py needs: trainings whose processes can be hit, and what a disturbed one has lost. Linux: /proc."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from lgm_dist import checkpoint
+from lgm_dist.cli import RunFailed, table
+from lgm_dist.metrics import METRICS, read_metrics
+from lgm_dist.tracking import held_steps
+
+ROOT = Path(__file__).parents[1]
+CLOCKS = ("seconds", "speed/", "memory/")
+"""Columns of metrics.jsonl that differ between two equal runs."""
+PATIENCE = 300.0
+"""Seconds after which a run that goes on no more counts as lost."""
+HEADER = ("fault", "times tried", "recovered", "seconds to recover", "rows lost or twice", "bits changed")
+SMALL = (
+    *("--data=glyphs", "--ways=3", "--query=2", "--epochs=1", "--meta-batch=4", "--eval-query=3", "--eval-episodes=20"),
+    *("--test-episodes=20", "--model.filters=8", "--model.noise-size=4", "--cpus-per-worker=1", "--wandb=offline"),
+)
+
+
+@dataclass
+class Outcome:
+    """A line of the table."""
+
+    fault: str
+    tried: int = 0
+    recovered: int = 0
+    seconds: list[float] = field(default_factory=list)
+    rows: int | None = None
+    """Rows that are missing or twice in metrics.jsonl and, without it, on W&B; None: not a matter of this line."""
+    bits: int | None = None
+    """Bits of weights and optimizer that differ from those of the run that was left alone."""
+    note: str = ""
+
+
+class Training:
+    """A scripts/train.py of its own, begun again by the same command when it has been killed."""
+
+    def __init__(
+        self, folder: Path, name: str, *flags: str, storage: Path | None = None, code: str = "", **environment: str
+    ) -> None:
+        storage = storage or folder
+        places = (f"--data-root={folder}/data", f"--cache={folder}/cache", f"--storage={storage}", f"--name={name}")
+        self.run = storage / name
+        python = [sys.executable, *(["-c", code] if code else [])]
+        self._command = [*python, str(ROOT / "scripts/train.py"), *SMALL, *places, *flags]
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        self._log = folder / f"{name}.log"
+        self.start()
+
+    def start(self) -> None:
+        """Runs the command, its output at the end of the log."""
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
+
+    def step(self) -> int:
+        """Steps in metrics.jsonl so far."""
+        return newest_step(self.run)
+
+    def said(self) -> str:
+        """All output so far."""
+        return self._log.read_text()
+
+    def until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> float:
+        """Waits; the seconds that it took. Raises RunFailed where the run ends before it or it takes too long."""
+        start = time.monotonic()
+        while not condition():
+            if self.process.poll() is not None:
+                raise RunFailed(f"{self.run.name} ended with status {self.process.returncode}:\n{self.said()[-2000:]}")
+            if time.monotonic() - start > seconds:
+                raise RunFailed(f"{self.run.name} did not go on for {seconds:g} s; its output: {self._log}")
+            time.sleep(0.05)
+        return time.monotonic() - start
+
+    def wait(self, status: int = 0) -> None:
+        """To its end. Raises RunFailed where that is not `status`."""
+        if self.process.wait() != status:
+            raise RunFailed(f"{self.run.name} ended with status {self.process.returncode}:\n{self.said()[-2000:]}")
+
+    def processes(self) -> dict[int, str]:
+        """Names (the command line) of all processes below the training's, itself included."""
+        parents, names = {}, {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue  # it has just ended
+        ours = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+            ours |= more
+        return {pid: names[pid] for pid in ours if pid in names}
+
+    def victims(self, fault: str) -> list[int]:
+        """The processes that a fault may hit now."""
+        found = self.processes()
+        if fault == "driver":
+            return [self.process.pid]
+        part = {"W&B": "wandb-core", "controller": "ray::TrainController"}.get(fault, "ray::RayTrainWorker")
+        pids = [pid for pid, name in found.items() if part in name]
+        return [pid for pid in pids if fault != "rank 0" or _holds(pid, self.run / METRICS)]
+
+
+def newest_step(run: Path) -> int:
+    """The last step in a run's metrics.jsonl, 0 without one."""
+    return max((row["step"] for row in read_metrics(run)), default=0)
+
+
+def _holds(pid: int, path: Path) -> bool:
+    """Whether a process has a file open."""
+    try:
+        return any(os.path.samefile(link, path) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
+    except OSError:
+        return False
+
+
+def past_this_step(training: Training) -> Callable[[], bool]:
+    """Whether workers that started after this call have gone further than those before: each start makes metrics.jsonl anew."""
+    record, reached = training.run / METRICS, training.step()
+    before = record.stat().st_ino
+
+    def past() -> bool:
+        nonlocal reached
+        if record.stat().st_ino == before:
+            reached = max(reached, training.step())
+            return False
+        return training.step() > reached
+
+    return past
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock and the process's memory say."""
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in read_metrics(run)]
+
+
+def wandb_runs(run: Path) -> set[str]:
+    """The ids of the W&B runs that a run has made, offline."""
+    return {path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")}
+
+
+def lost_rows(run: Path, alone: Path) -> int:
+    """Rows that are missing, twice or other ones in metrics.jsonl, and missing or twice in W&B's files."""
+    held = [step for wandb_id in wandb_runs(run) for step in held_steps(run, wandb_id)[0]]
+    twice = len(held) - len(set(held))
+    return wrong_rows(run, alone) + twice + len({row["step"] for row in rows_of(alone)} ^ set(held))
+
+
+def wrong_rows(run: Path, alone: Path) -> int:
+    """Rows that are missing, twice or other ones in metrics.jsonl."""
+    ours, theirs = rows_of(run), rows_of(alone)
+    return sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+
+
+def changed_bits(run: Path, alone: Path) -> int:
+    """Bits of the newest and the best checkpoint's tensors that differ; all of them where a checkpoint is missing."""
+    return sum(_differing(_tensors(mine(run)), _tensors(mine(alone))) for mine in (checkpoint.newest, checkpoint.best))
+
+
+def _tensors(folder: Path) -> dict[str, bytes]:
+    state = torch.load(folder / "state.pt", weights_only=True)
+    found: dict[str, bytes] = {"step": folder.name.encode()}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value.contiguous().numpy().tobytes()
+        elif isinstance(value, dict | list | tuple):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                collect(f"{name}.{key}", item)
+        else:
+            found[name] = repr(value).encode()
+
+    collect("", state)
+    return found
+
+
+def _differing(ours: dict[str, bytes], theirs: dict[str, bytes]) -> int:
+    bits = 0
+    for name in ours.keys() | theirs.keys():
+        a, b = ours.get(name, b""), theirs.get(name, b"")
+        size = max(len(a), len(b))
+        x, y = (np.frombuffer(value.ljust(size, b"\0"), np.uint8) for value in (a, b))
+        bits += int(np.unpackbits(x ^ y).sum())
+    return bits
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """The table."""
+    lines = []
+    for outcome in outcomes:
+        seconds = sorted(outcome.seconds)
+        spread = f"{median(seconds):.0f} [{seconds[0]:.0f}, {seconds[-1]:.0f}]" if seconds else ""
+        counts = ["" if n is None else f"{n:,}" for n in (outcome.rows, outcome.bits)]
+        fault = f"{outcome.fault} ({outcome.note})" if outcome.note else outcome.fault
+        lines.append([fault, str(outcome.tried), str(outcome.recovered), spread, *counts])
+    return table(HEADER, lines)
