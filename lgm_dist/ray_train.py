@@ -132,7 +132,8 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
         if val or stop:
             folder = None
             if worker.rank == 0:
-                folder = checkpoint.save(run, checkpoint.TrainState.after(done, val), model, optimizer, config, val)
+                at = checkpoint.TrainState.after(done, val)
+                folder = checkpoint.save(run, at, model, optimizer, config, val, banks["train"].digest)
             if report:
                 report(done, metrics, folder)
         if stop and done < config.steps:
