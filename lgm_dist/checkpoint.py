@@ -1,52 +1,56 @@
 """Checkpoints: folders `checkpoints/step-00001000` with state.pt (tensors) and state.json (all else). torch and JSON, no Ray.
 
-A checkpoint is complete or absent: it is written beside its place and renamed, state.json carries the digest of state.pt,
-and files load without executing anything. The newest two and the best on val are kept.
+A checkpoint is complete or absent: it is written beside its place and renamed, state.json carries the digests of all files
+and of itself, and files load without executing anything. The newest two and the best on val are kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import io
-import json
 import os
-import pickle
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from lgm_dist.config import Config
+from lgm_dist.checkpoint_files import (
+    NAME,
+    DamagedCheckpoint,
+    Meta,
+    TrainState,
+    check_tensors,
+    config_of,
+    read,
+    read_file,
+    read_meta,
+    sha256,
+    step_of,
+)
+from lgm_dist.config import Config, ModelConfig, differing
 from lgm_dist.engine import Evaluation
 from lgm_dist.model import LGMNet
 
-FORMAT = 1
+__all__ = [
+    "DamagedCheckpoint",
+    "TrainState",
+    "adopt",
+    "best",
+    "check",
+    "drop_after",
+    "load_model",
+    "newest",
+    "restore",
+    "save",
+]
 
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands after `step` optimizer steps."""
-
-    step: int = 0
-    val_accuracy: float = -1.0
-    """Of this very checkpoint, in 0 to 1; -1 before the first evaluation."""
-    val_ci95: float = 0.0
-
-    @classmethod
-    def after(cls, step: int, val: Evaluation | None) -> TrainState:
-        """The state after `step` steps and an evaluation on val, if there was one."""
-        return cls(step, val.score.accuracy, val.score.ci95) if val else cls(step)
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint whose files are missing, unreadable or not those that were written."""
+TUNED = {"norm_decay", "norm_epsilon"}
+"""Settings of the network that population-based training changes between two checkpoints of a run."""
 
 
 def save(
@@ -56,25 +60,27 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: Config,
     val: Evaluation | None = None,
+    data: str = "",
 ) -> Path:
     """Writes the checkpoint of `state` into the run's folder, drops those no longer needed, returns its folder.
 
-    The accuracies of `val`'s episodes are kept with it, see `val_accuracies`.
+    The accuracies of `val`'s episodes are kept with it, see `val_accuracies`. `data` is the digest of the data set's manifest.
     """
     folder = run / "checkpoints" / f"step-{state.step:08d}"
     for leftover in folder.parent.glob(".step-*"):  # of a process that was killed here
         shutil.rmtree(leftover)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     beside.mkdir(parents=True)
-    tensors = io.BytesIO()  # torch tells of a full disk in words of its own
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tensors)
-    digest = hashlib.sha256(tensors.getbuffer()).hexdigest()
-    meta = {"format": FORMAT, "sha256": digest, "state": dataclasses.asdict(state), "config": config.to_dict()}
+    contents = {"state.pt": io.BytesIO()}  # in memory: torch and numpy tell of a full disk in words of their own
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, contents["state.pt"])
+    if val:
+        contents["val.npy"] = io.BytesIO()
+        np.save(contents["val.npy"], val.accuracies[next(iter(val.scores))])
+    digests = {name: sha256(content.getbuffer()) for name, content in contents.items()}
     try:
-        (beside / "state.pt").write_bytes(tensors.getbuffer())
-        if val:
-            np.save(beside / "val.npy", val.accuracies[next(iter(val.scores))])
-        (beside / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
+        for name, content in contents.items():
+            (beside / name).write_bytes(content.getbuffer())
+        Meta(state, config.to_dict(), digests, data).write(beside)
     except OSError as error:
         shutil.rmtree(beside)
         reason = f"{error.strerror}; the checkpoints before it are whole, and the same command goes on from them"
@@ -87,21 +93,35 @@ def save(
     return folder
 
 
-def restore(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+def restore(run: Path, model: LGMNet, optimizer: torch.optim.Optimizer) -> TrainState:
     """Loads the newest whole checkpoint of the run into model and optimizer; without one, leaves them at step 0.
 
-    A damaged one is named in a warning and the one before it is used.
+    A damaged one is named in a warning and the one before it is used. Raises ValueError for one of another network or of a
+    later format.
     """
     for folder in reversed(_folders(run)):
         try:
-            state, tensors = _read(folder)
+            meta, tensors = read(folder)
+            _check_network(folder, meta, model.config)
+            check_tensors(folder, tensors, model, optimizer)
         except DamagedCheckpoint as error:
             warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
             continue
         model.load_state_dict(tensors["model"])
         optimizer.load_state_dict(tensors["optimizer"])
-        return state
+        return meta.state
     return TrainState()
+
+
+def check(run: Path, config: Config, data: str) -> None:
+    """Raises ValueError where the run's newest checkpoint is of another network than `config.model` or another data set.
+
+    `data` is the digest of the data set's manifest.
+    """
+    for folder in reversed(_folders(run)):
+        with contextlib.suppress(DamagedCheckpoint):  # `restore` warns of it
+            _check_network(folder, read_meta(folder), config.model, data)
+            return
 
 
 def newest(run: Path) -> Path:
@@ -123,21 +143,31 @@ def _some_states(run: Path) -> dict[Path, TrainState]:
 
 
 def val_accuracies(folder: Path) -> npt.NDArray[np.float64] | None:
-    """Accuracy of each val episode (n,) at a checkpoint; None where it was not kept."""
-    path = folder / "val.npy"
-    return np.load(path) if path.exists() else None
+    """Accuracy of each val episode (n,) at a checkpoint; None where it was not kept, or is damaged, which a warning says."""
+    if not (folder / "val.npy").exists():
+        return None
+    try:
+        content = read_file(folder, "val.npy", read_meta(folder))
+        accuracies: npt.NDArray[np.float64] = np.load(io.BytesIO(content), allow_pickle=False)
+        assert accuracies.dtype == np.float64, accuracies.dtype
+        return accuracies
+    except Exception as error:  # a damaged file can raise almost anything
+        warnings.warn(f"{folder}/val.npy holds no accuracies ({error}); they are left out", stacklevel=2)
+        return None
 
 
 def load_model(folder: Path) -> tuple[LGMNet, Config, TrainState]:
     """The network of a checkpoint, in evaluation mode, on the CPU. Raises ValueError for a damaged one."""
     try:
-        state, tensors = _read(folder)
+        meta, tensors = read(folder)
+        config = config_of(folder, meta)
+        with torch.device("meta"):  # which takes no memory, however large the network that it claims to be
+            check_tensors(folder, tensors, LGMNet(config.model))
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; name another run or train it anew") from None
-    config = Config.from_dict(_meta(folder)["config"])
     model = LGMNet(config.model)
     model.load_state_dict(tensors["model"])
-    return model.eval(), config, state
+    return model.eval(), config, meta.state
 
 
 def adopt(source: Path, run: Path) -> None:
@@ -146,15 +176,15 @@ def adopt(source: Path, run: Path) -> None:
     Its val accuracy is not `run`'s and is left behind. Raises ValueError where `source` is damaged.
     """
     try:
-        step, meta = _read(source)[0].step, _meta(source)
+        meta = read(source)[0]
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; it cannot be taken over") from None
-    folder = run / "checkpoints" / source.name
+    step, folder = meta.state.step, run / "checkpoints" / source.name
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     shutil.copyfile(source / "state.pt", beside / "state.pt")
-    meta["state"] = dataclasses.asdict(TrainState(step))
-    (beside / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
+    files = {"state.pt": meta.files["state.pt"]}
+    dataclasses.replace(meta, state=TrainState(step), files=files).write(beside)
     drop_after(run, step - 1)
     beside.rename(folder)
 
@@ -162,7 +192,7 @@ def adopt(source: Path, run: Path) -> None:
 def drop_after(run: Path, step: int) -> None:
     """Removes the run's checkpoints of later steps."""
     for folder in _folders(run):
-        if int(folder.name.removeprefix("step-")) > step:
+        if step_of(folder) > step:
             shutil.rmtree(folder)
 
 
@@ -173,7 +203,8 @@ def _prune(run: Path) -> None:
 
 def _folders(run: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if NAME.fullmatch(f.name)), key=step_of)
 
 
 def states_of(run: Path) -> dict[Path, TrainState]:
@@ -181,41 +212,22 @@ def states_of(run: Path) -> dict[Path, TrainState]:
     states = {}
     for folder in _folders(run):
         try:
-            states[folder] = _state(_meta(folder))
+            states[folder] = read_meta(folder).state
         except DamagedCheckpoint as error:
             warnings.warn(f"{error}; it is left out", stacklevel=2)
     return states
 
 
-def _read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    meta = _meta(folder)
-    try:
-        digest = _sha256(folder / "state.pt")
-    except OSError as error:
-        raise DamagedCheckpoint(f"checkpoint {folder} cannot be read ({error})") from error
-    if digest != meta["sha256"]:
-        raise DamagedCheckpoint(f"checkpoint {folder}/state.pt is not the file that was written (sha256 differs)")
-    try:
-        return _state(meta), torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise DamagedCheckpoint(f"checkpoint {folder}/state.pt holds more than tensors and is not loaded") from error
-
-
-def _meta(folder: Path) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        known = meta["format"] == FORMAT and {"sha256", "state", "config"} <= meta.keys()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"checkpoint {folder}/state.json cannot be read ({error})") from error
-    if not known:
-        raise DamagedCheckpoint(f"checkpoint {folder}/state.json is not of format {FORMAT}")
-    return meta
-
-
-def _state(meta: dict[str, Any]) -> TrainState:
-    return TrainState(**meta["state"])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_network(folder: Path, meta: Meta, ours: ModelConfig, data: str = "") -> None:
+    """Raises ValueError with the differing fields where the checkpoint is of another network or (both known) data set."""
+    theirs, wanted = (
+        {f"model.{name}": value for name, value in dataclasses.asdict(model).items() if name not in TUNED}
+        for model in (config_of(folder, meta).model, ours)
+    )
+    if data and meta.data:
+        theirs["the data set's digest"], wanted["the data set's digest"] = meta.data[:16], data[:16]
+    if found := differing(theirs, wanted):
+        raise ValueError(
+            f"checkpoint {folder} is of another configuration: it has {found}; give another --name, or delete "
+            f"{folder.parents[1]}"
+        )

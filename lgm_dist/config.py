@@ -214,6 +214,11 @@ class Config:
         data = self.data.rsplit("/", 1)[-1].removesuffix(".json")
         return f"{data}-{self.ways}w{self.shot}s-{self.protocol}-seed{self.seed}"
 
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name on the command line: the network's as model.NAME."""
+        values = self.to_dict()
+        return values | {f"model.{name}": value for name, value in values.pop("model").items()}
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of plain values, that `from_dict` reads back."""
         return dataclasses.asdict(self)
@@ -228,6 +233,11 @@ class Config:
         _check_keys(cls, values)
         _check_keys(ModelConfig, model)
         return cls(**values, model=ModelConfig(**model))
+
+
+def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The fields that differ, in words, such as "shot 1, not 5, lr 0.1, not 0.2"; "" where none does."""
+    return ", ".join(f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name])
 
 
 def _positive(config: object, name: str) -> None:

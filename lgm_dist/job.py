@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from lgm_dist import checkpoint
-from lgm_dist.config import SPLITS, Config, Split
+from lgm_dist.config import SPLITS, Config, Split, differing
 from lgm_dist.data import check_episodes, open_bank
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.manifest import read_manifest
@@ -56,15 +56,21 @@ def make_job(config: Config) -> Job:
     Raises ValueError for what a user can mend.
     """
     manifest = ensure_manifest(config.data, config.data_root, config.source)
-    open_banks(config, manifest)
+    data = open_banks(config, manifest)["train"].digest
     cache = str(Path(config.cache).absolute()) if config.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
-    return Job(config.to_dict(), manifest, cache, str(_claim(config)), threads_of(config))
+    return Job(config.to_dict(), manifest, cache, str(_claim(config, data)), threads_of(config))
 
 
 def open_banks(config: Config, manifest: str) -> dict[Split, ImageBank]:
-    """The bank of each split. Raises ValueError where one is too small for the configuration's episodes."""
+    """The bank of each split. Raises ValueError where its images or their number do not suit the configuration."""
     banks = {split: open_bank(manifest, split, config.cache) for split in SPLITS}
+    name, channels = banks["train"].name, banks["train"].images.shape[-1]
+    if config.model.channels != channels:
+        raise ValueError(
+            f"model.channels ({config.model.channels}) must be {channels}, as the images of '{name}' have; "
+            f"use --model.channels {channels}"
+        )
     for split, bank in banks.items():
         episodes = config if split == "train" else config.evaluation
         check_episodes(episodes, split, bank.name, bank.counts.tolist(), bank.classes)
@@ -79,20 +85,22 @@ def read_config(run: Path) -> Config:
         raise ValueError(f"{run} is no run ({CONFIG}: {error}); name a folder that scripts/train.py has made") from None
 
 
-def _claim(config: Config) -> Path:
-    """The run's folder, made or taken up again. Refuses one that was started with another configuration, or is in use."""
+def _claim(config: Config, data: str) -> Path:
+    """The run's folder, made or taken up again. Refuses one in use, and one of another configuration or data set.
+
+    `data` is the digest of the data set's manifest.
+    """
     run = make_folder(Path(config.storage).absolute() / config.run_name)
-    ours = config.to_dict()
     with owned(run):
         if (run / CONFIG).exists():
-            theirs = read_config(run).to_dict()
-            for name in ours:
-                if name not in MAY_CHANGE and theirs[name] != ours[name]:
-                    raise ValueError(
-                        f"run {config.run_name!r} was started with {name} {theirs[name]!r}, not {ours[name]!r}; "
-                        f"give another --name, or delete {run}"
-                    )
-        _replace(run / CONFIG, ours)
+            both = (read_config(run), config)
+            theirs, ours = ({k: v for k, v in c.flat().items() if k not in MAY_CHANGE} for c in both)
+            if found := differing(theirs, ours):
+                raise ValueError(
+                    f"run {config.run_name!r} was started with {found}; give another --name, or delete {run}"
+                )
+        checkpoint.check(run, config, data)
+        _replace(run / CONFIG, config.to_dict())
     return run
 
 

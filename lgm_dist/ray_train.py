@@ -145,7 +145,7 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
             folder = None
             if worker.rank == 0:
                 kept = checkpoint.TrainState.after(done, val)
-                folder = written(checkpoint.save, run, kept, model, optimizer, config, val)
+                folder = written(checkpoint.save, run, kept, model, optimizer, config, val, banks["train"].digest)
             if report:
                 report(done, metrics, folder)
         if stop and done < config.steps:

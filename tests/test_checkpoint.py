@@ -7,12 +7,18 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +27,7 @@ from lgm_dist import checkpoint
 from lgm_dist.checkpoint import TrainState
 from lgm_dist.config import Config
 from lgm_dist.data import open_bank, sample_episodes
-from lgm_dist.engine import make_optimizer, train_step
+from lgm_dist.engine import Evaluation, Score, make_optimizer, train_step
 from lgm_dist.model import LGMNet
 
 Run = tuple[LGMNet, torch.optim.Optimizer]
@@ -111,7 +117,8 @@ def test_files_of_a_checkpoint(small: Config, tmp_path: Path) -> None:
     meta = json.loads((folder / "state.json").read_text())
     assert meta["state"] == {"step": 1000, "val_accuracy": 0.25, "val_ci95": 0.01}
     assert Config.from_dict(meta["config"]) == small
-    assert meta["sha256"] == hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
+    assert meta["format"] == 2
+    assert meta["files"] == {"state.pt": hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()}
 
 
 def test_load_model(small: Config, tmp_path: Path) -> None:
@@ -198,15 +205,58 @@ def halve_json(folder: Path) -> None:
     (folder / "state.json").write_text(text[: len(text) // 2])
 
 
+def forge(folder: Path, **changes: Any) -> None:
+    """state.json as one who can write into the folder would leave it: changed, with all digests right."""
+    record = json.loads((folder / "state.json").read_text()) | changes
+    del record["digest"]
+    record["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in record["files"]}
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(record | {"digest": digest}))
+
+
+def put(folder: Path, content: Any) -> None:
+    """Makes `content` the checkpoint's tensors."""
+    torch.save(content, folder / "state.pt")
+    forge(folder)
+
+
 def put_code_into(folder: Path) -> None:
-    """A pickle that runs code, with a digest that fits: as one who can write into the folder would leave it."""
     trap = folder.parent.parent / "trapped"
     pickle.loads(pickle.dumps(Trap(trap)))  # it would work
     trap.rmdir()
-    meta = json.loads((folder / "state.json").read_text())
-    torch.save({"model": Trap(trap), "optimizer": {}}, folder / "state.pt")
-    meta["sha256"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
-    (folder / "state.json").write_text(json.dumps(meta))
+    put(folder, {"model": Trap(trap), "optimizer": {}})
+
+
+def put_a_plain_pickle_into(folder: Path) -> None:
+    """Of before torch's zip files, which are read by other code."""
+    (folder / "state.pt").write_bytes(pickle.dumps(Trap(folder.parent.parent / "trapped")))
+    forge(folder)
+
+
+def compress(folder: Path) -> None:
+    """Sixteen megabytes of zeros in a few kilobytes: it might have been a terabyte."""
+    with zipfile.ZipFile(folder / "state.pt") as old:
+        contents = {info.filename: old.read(info) for info in old.infolist()}
+    with zipfile.ZipFile(folder / "state.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in contents.items():
+            new.writestr(name, content)
+        new.writestr("archive/data/999", bytes(2**24))
+    forge(folder)
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = torch.load(folder / "state.pt", weights_only=True)
+    edit(content)
+    put(folder, content)
+
+
+def one(tensors: dict[str, Any]) -> str:
+    return next(iter(tensors))
+
+
+def momentum(content: dict[str, Any]) -> dict[str, Any]:
+    slots = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros(3))
+    return {"state": {0: slots | {"step": torch.tensor(1.0)}}, "param_groups": content["optimizer"]["param_groups"]}
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -217,23 +267,65 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing state.json": (lambda f: (f / "state.json").unlink(), r"step-00000008/state\.json cannot be read"),
     "half-written json": (halve_json, r"step-00000008/state\.json cannot be read"),
     "another json": (lambda f: (f / "state.json").write_text("[]"), r"8/state\.json cannot be read"),
-    "another format": (
-        lambda f: (f / "state.json").write_text('{"format": 9}'),
-        r"8/state\.json is not of format",
-    ),
+    "deep json": (lambda f: (f / "state.json").write_text("[" * 200_000), r"8/state\.json cannot be read"),
+    "no format": (lambda f: (f / "state.json").write_text('{"format": 0}'), r"8/state\.json is of format 0"),
+    "another state": (lambda f: forge(f, state={"steps": 8}), r"8/state\.json cannot be read"),
+    "another step": (lambda f: forge(f, state={"step": 9}), r"8/state\.json cannot be read"),
+    "no number": (lambda f: forge(f, state={"step": 8, "val_accuracy": "1"}), r"8/state\.json cannot be read"),
+    "not finite": (lambda f: forge(f, state={"step": 8, "val_ci95": float("nan")}), r"8/state\.json cannot be read"),
+    "no configuration": (lambda f: forge(f, config=[]), r"8/state\.json cannot be read"),
     "code": (put_code_into, r"step-00000008/state\.pt holds more than tensors"),
+    "plain pickle": (put_a_plain_pickle_into, r"step-00000008/state\.pt holds more than tensors"),
+    "compressed": (compress, r"step-00000008/state\.pt holds more than tensors"),
+    "no dictionary": (lambda f: put(f, [1]), r"8/state\.pt does not hold a network's tensors"),
+    "no network": (lambda f: put(f, {"optimizer": {}}), r"8/state\.pt does not hold a network's tensors"),
+    "no tensors": (lambda f: put(f, {"model": {"a": 1}}), r"8/state\.pt does not hold a network's tensors"),
+    "a tensor fewer": (
+        lambda f: change(f, lambda c: c["model"].pop(one(c["model"]))),
+        r"8/state\.pt does not hold the tensors",
+    ),
+    "a tensor of another shape": (
+        lambda f: change(f, lambda c: c["model"].update({one(c["model"]): torch.zeros(2)})),
+        r"8/state\.pt does not hold the tensors",
+    ),
+    "a tensor that claims memory": (
+        lambda f: change(
+            f, lambda c: c["model"].update({k: torch.zeros(1).expand(v.shape) for k, v in c["model"].items()})
+        ),
+        r"8/state\.pt does not hold the tensors",
+    ),
 }
+OF_THE_OPTIMIZER: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no optimizer": (
+        lambda f: change(f, lambda c: c.pop("optimizer")),
+        r"8/state\.pt does not hold a network's tensors",
+    ),
+    "another optimizer": (
+        lambda f: change(f, lambda c: c["optimizer"]["param_groups"][0]["params"].pop()),
+        r"8/state\.pt does not hold the tensors",
+    ),
+    "momentum of another shape": (
+        lambda f: change(f, lambda c: c.update(optimizer=momentum(c))),
+        r"8/state\.pt does not hold the tensors",
+    ),
+}
+"""What `load_model` does not look at."""
+
+
+def two_checkpoints(small: Config, run: Path) -> Path:
+    """Of the steps 4 and 8, the newer one better; its folder."""
+    made = build(small)
+    for step in (4, 8):
+        tell_apart(made, step)
+        save(run, small, made, (step, step / 10))
+    return run / "checkpoints" / "step-00000008"
 
 
 @pytest.fixture(params=DAMAGES)
 def damaged(request: pytest.FixtureRequest, small: Config, tmp_path: Path) -> tuple[Path, str]:
-    """A run with checkpoints of the steps 4 and 8, the newer, better one damaged; and what has to be said of it."""
-    made = build(small)
-    for step in (4, 8):
-        tell_apart(made, step)
-        save(tmp_path, small, made, (step, step / 10))
+    """A run whose newer, better checkpoint of two is damaged; and what has to be said of it."""
     damage, sentence = DAMAGES[request.param]
-    damage(tmp_path / "checkpoints" / "step-00000008")
+    damage(two_checkpoints(small, tmp_path))
     return tmp_path, sentence
 
 
@@ -246,6 +338,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(small: Config, da
     assert state == TrainState(4, 0.4, 0.01)
     assert marked(made) == 4
     assert not (run / "trapped").exists()
+
+
+@pytest.mark.parametrize("name", OF_THE_OPTIMIZER)
+def test_a_damaged_optimizer_is_named_and_the_checkpoint_before_used(small: Config, tmp_path: Path, name: str) -> None:
+    damage, sentence = OF_THE_OPTIMIZER[name]
+    damage(two_checkpoints(small, tmp_path))
+    made = build(small, seed=1)
+    with pytest.warns(UserWarning, match=sentence):
+        assert checkpoint.restore(tmp_path, *made).step == 4
+    assert marked(made) == 4
+
+
+def test_no_byte_of_a_checkpoint_can_be_cut_off_or_flipped_unseen(small: Config, tmp_path: Path) -> None:
+    made = build(small, seed=1)
+    folder = two_checkpoints(small, tmp_path)
+    for name, every in (("state.json", 7), ("state.pt", 1999)):
+        whole = (folder / name).read_bytes()
+        for place in range(0, len(whole) - 1, every):  # the last byte of state.json is a line feed
+            flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+            for content in (whole[:place], flipped):
+                (folder / name).write_bytes(content)
+                with pytest.warns(UserWarning, match=f"step-00000008/{name}.*; going back"):
+                    assert checkpoint.restore(tmp_path, *made).step == 4
+        (folder / name).write_bytes(whole)
+    assert checkpoint.restore(tmp_path, *made).step == 8
 
 
 def test_a_run_goes_on_after_a_damaged_checkpoint(small: Config, damaged: tuple[Path, str]) -> None:
@@ -288,3 +405,114 @@ def test_a_checkpoint_that_was_being_written_is_none(small: Config, tmp_path: Pa
         assert checkpoint.best(tmp_path) == folder
         save(tmp_path, small, made, (8, 0.4))
     assert steps(tmp_path) == [4, 8]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from test_checkpoint import build, save, tell_apart, Config
+config, run = Config.from_dict(eval(sys.argv[1])), Path(sys.argv[2])
+made = build(config)
+print("ready", flush=True)
+for step in range(1, 100_000):
+    tell_apart(made, step)
+    save(run, config, made, (step, 0.1))
+"""
+
+
+def test_a_process_that_is_killed_while_it_saves_leaves_whole_checkpoints(small: Config, tmp_path: Path) -> None:
+    """At whatever moment: nothing damaged, at most the newest missing, and the weights are those of their step."""
+    command = [sys.executable, "-c", KILLED, repr(small.to_dict()), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent)
+    assert process.stdout
+    process.stdout.readline()
+    made, last, hidden = build(small), 0, 0
+    for _ in range(25):
+        time.sleep(0.031)
+        os.kill(process.pid, signal.SIGSTOP)  # what is on the disk now is what a kill would leave
+        os.waitpid(process.pid, os.WUNTRACED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            state = checkpoint.restore(tmp_path, *made)
+        assert state.step >= max(last, 1) - 1
+        assert marked(made) == state.step
+        last, hidden = state.step, hidden + bool(list((tmp_path / "checkpoints").glob(".step-*")))
+        os.kill(process.pid, signal.SIGCONT)
+    process.kill()
+    process.wait()
+    assert last > 5
+    assert hidden, "it was never caught while it was writing"
+
+
+# Of another configuration, and of other versions
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"channels": 1}, r"it has model\.channels 3, not 1;"),
+        ({"filters": 4, "weight_norm": False}, r"it has model\.filters 8, not 4, model\.weight_norm True, not False;"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(
+    small: Config, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    save(tmp_path, small, build(small), (4, 0.4))
+    other = replace(small, model=replace(small.model, **changes))
+    made = build(other)
+    before = bits([made[0].state_dict(), made[1].state_dict()])
+    for refuse in (lambda: checkpoint.restore(tmp_path, *made), lambda: checkpoint.check(tmp_path, other, "")):
+        with pytest.raises(
+            ValueError, match=rf"step-00000004 is of another configuration: {sentence} give another --name"
+        ):
+            refuse()
+    assert bits([made[0].state_dict(), made[1].state_dict()]) == before
+    assert steps(tmp_path) == [4]
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(small: Config, tmp_path: Path) -> None:
+    digests = ["a1" * 32, "b2" * 32]
+    checkpoint.save(tmp_path, TrainState(4), *build(small), small, data=digests[0])
+    checkpoint.check(tmp_path, small, digests[0])
+    with pytest.raises(ValueError, match=r"it has the data set's digest 'a1a1a1a1a1a1a1a1', not 'b2b2b2b2b2b2b2b2'"):
+        checkpoint.check(tmp_path, small, digests[1])
+
+
+def test_a_checkpoint_of_format_1_loads(tmp_path: Path) -> None:
+    """Written by the code of commit 21ee789; figures of that code."""
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    shutil.copytree(Path(__file__).parent / "golden" / "checkpoint-format-1", folder)
+    model, config, state = checkpoint.load_model(folder)
+    assert (state.step, state.val_accuracy, round(state.val_ci95, 6)) == (4, 0.625, 0.316294)
+    random = torch.Generator().manual_seed(1)
+    support, query = (torch.rand(1, n, 3, 8, 8, generator=random) for n in (3, 2))
+    expected = torch.tensor([[[-1.0983, -1.0985, -1.0990], [-1.0990, -1.0983, -1.0985]]])
+    torch.testing.assert_close(model(support, query, 3), expected, atol=1e-4, rtol=0)
+    made = build(config, seed=5)
+    assert checkpoint.restore(tmp_path, *made) == state
+    assert bits(made[0].state_dict()) == bits(model.state_dict())
+    assert float(made[1].state_dict()["state"][0]["exp_avg"].sum()) == pytest.approx(1.755395e-05, rel=1e-5)
+    assert checkpoint.val_accuracies(folder).tolist() == [0.5, 0.25, 0.75, 1.0]  # type: ignore[union-attr]
+    checkpoint.check(tmp_path, config, "a1" * 32)  # it does not say of what data set it is
+
+
+def test_a_checkpoint_of_a_later_format_is_refused_and_stays(small: Config, tmp_path: Path) -> None:
+    forge(two_checkpoints(small, tmp_path), format=3)
+    with pytest.raises(ValueError, match=r"step-00000008 has format 3, newer than 2; update lgm_dist$"):
+        checkpoint.restore(tmp_path, *build(small))
+    assert steps(tmp_path) == [4, 8]
+
+
+def test_accuracies_that_are_damaged_are_left_out(small: Config, tmp_path: Path) -> None:
+    scores = {"mean noise": Score(0.5, 0.1)}
+    val = Evaluation("val", "standard", 3, 2, 2, 0, scores, {"mean noise": np.array([0.25, 0.75])})
+    folder = checkpoint.save(tmp_path, TrainState.after(4, val), *build(small), small, val)
+    assert checkpoint.val_accuracies(folder).tolist() == [0.25, 0.75]  # type: ignore[union-attr]
+    np.save(folder / "val.npy", np.array([0.25, 0.5]))
+    with pytest.warns(UserWarning, match=r"val\.npy holds no accuracies .*sha256 differs"):
+        assert checkpoint.val_accuracies(folder) is None
+    np.save(folder / "val.npy", np.array([Trap(tmp_path / "trapped")]), allow_pickle=True)
+    forge(folder)
+    with pytest.warns(UserWarning, match=r"val\.npy holds no accuracies .*allow_pickle"):
+        assert checkpoint.val_accuracies(folder) is None
+    assert not (tmp_path / "trapped").exists()

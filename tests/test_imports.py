@@ -15,7 +15,7 @@ LAYERS = {
     "config": 0,
     **dict.fromkeys(("memory", "data", "model", "cli", "flags", "metrics"), 1),
     "engine": 2,
-    **dict.fromkeys(("checkpoint", "diagnosis", "progress"), 3),
+    **dict.fromkeys(("checkpoint", "checkpoint_files", "diagnosis", "progress"), 3),
     **dict.fromkeys(("job", "analysis", "sweeps", "panels"), 4),
     **dict.fromkeys(("plots", "tracking"), 5),
     **dict.fromkeys(("ray_train", "report"), 6),

@@ -9,11 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_shards import tiny_source
 
 from lgm_dist.config import Config
 from lgm_dist.data.manifest import read_manifest
+from lgm_dist.data.shards import write_shards
 from lgm_dist.engine import Worker
 from lgm_dist.job import commit, make_folder, make_job, read_config, read_result, threads_of, write_facts
+from lgm_dist.ray_train import fit
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,3 +83,38 @@ def test_a_configuration_from_before_a_field_was_there_is_still_that_run(small: 
     assert make_job(config) == job
     with pytest.raises(ValueError, match="was started with eval_ways 0, not 2"):
         make_job(dataclasses.replace(config, eval_ways=2))
+
+
+def test_all_differing_fields_of_a_taken_name_are_named_and_nothing_is_changed(small: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(small, storage=str(tmp_path), name="run")
+    run = Path(make_job(config).run)
+    before = (run / "config.json").read_bytes()
+    model = dataclasses.replace(small.model, filters=4)
+    with pytest.raises(
+        ValueError,
+        match=r"started with shot 2, not 1, lr 0\.01, not 0\.1, model\.filters 8, not 4; give another --name",
+    ):
+        make_job(dataclasses.replace(config, shot=1, lr=0.1, model=model, epochs=9))
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_a_run_whose_data_set_was_made_anew_with_other_images_is_refused(small: Config, tmp_path: Path) -> None:
+    images = 12
+    data = write_shards(tiny_source(images=(images, images, images)), tmp_path / "data")
+    config = dataclasses.replace(small, storage=str(tmp_path), name="run", data=str(data), eval_query=3)
+    run = fit(dataclasses.replace(config, steps_per_epoch=2, eval_every=1, test_episodes=0))
+    again = dataclasses.replace(config, steps_per_epoch=2, eval_every=1, test_episodes=0, epochs=2)
+    make_job(again)
+    write_shards(tiny_source(images=(images, images, images + 1)), data.parent)
+    with pytest.raises(ValueError, match=r"2 is of another configuration: it has the data set's digest '\w{16}', not"):
+        make_job(again)
+    assert len(list(run.glob("checkpoints/step-*"))) == 2
+
+
+def test_images_of_other_channels_than_the_networks_are_refused(small: Config, tmp_path: Path) -> None:
+    model = dataclasses.replace(small.model, channels=1)
+    with pytest.raises(
+        ValueError, match=r"model\.channels \(1\) must be 3, as the images of 'tiny' have; use --model\.chan"
+    ):
+        make_job(dataclasses.replace(small, storage=str(tmp_path / "runs"), model=model))
+    assert not (tmp_path / "runs").exists()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import http.server
 import io
 import json
 import os
 import tarfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from PIL import Image
 
 from lgm_dist.config import SPLITS
 from lgm_dist.data.shards import (
-    Manifest,
     channel_statistics,
     image_histogram,
+    read_images,
     read_manifest,
     read_samples,
     write_shards,
@@ -89,7 +87,7 @@ def rewrite_shard(manifest: Path, number: int, change: Callable[[list[tuple[str,
 
 def read_fault(manifest: Path) -> str:
     with pytest.raises(ValueError, match="make the shards anew with") as caught:
-        list(read_samples(read_manifest(str(manifest)), "train"))
+        list(read_images(read_manifest(str(manifest)), "train"))
     text = str(caught.value)
     assert f"python scripts/prepare.py folder --source PATH --name tiny --out {manifest.parent}" in text
     assert "\n" not in text
@@ -286,11 +284,58 @@ def test_a_flipped_byte_is_found_and_its_sample_named(prepared: Path) -> None:
     assert f"(member {info.name} does not decode" in text
 
 
+def test_no_byte_can_be_cut_off_or_flipped_unseen(prepared: Path) -> None:
+    """With a digest that fits or not: a shard that still gives its samples gives what was written."""
+    shard = prepared.parent / "tiny-train-000002.tar"
+    whole, expected = shard.read_bytes(), list(read_samples(read_manifest(str(prepared)), "train"))
+    with tarfile.open(shard) as tar:
+        ends = [end for info in tar for end in (info.offset, info.offset_data, info.offset_data + info.size)]
+    places = sorted({*range(0, len(whole), 331), *(e + i for e in ends for i in (-1, 0, 1) if e + i >= 0)})
+    for place in places:
+        flipped = whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :]
+        for content in (whole[:place], flipped):
+            shard.write_bytes(content)
+            assert f"shard {shard}: its sha256 is {hashlib.sha256(content).hexdigest()}" in read_fault(prepared)
+    whole_ones = 0
+    for place in places:  # now with the digest of what is there
+        shard.write_bytes(whole[:place])
+        digest = hashlib.sha256(whole[:place]).hexdigest()
+        edit(prepared, lambda r, digest=digest: r["splits"]["train"]["shards"][2].update(sha256=digest))
+        try:
+            found: list[object] | str = list(read_samples(read_manifest(str(prepared)), "train"))
+        except ValueError as fault:
+            found = str(fault)
+        assert found == expected or (f"shard {shard}" in found and "make the shards anew" in found)
+        whole_ones += found == expected
+    assert 0 < whole_ones < len(places)  # those that are cut in the zeros at the end
+
+
 def test_a_missing_shard_and_a_wrong_digest_are_named(prepared: Path) -> None:
     edit(prepared, lambda r: r["splits"]["train"]["shards"][0].update(sha256="0" * 64))
     assert f"{prepared.parent}/tiny-train-000000.tar: its sha256 is" in read_fault(prepared)
     (prepared.parent / "tiny-train-000000.tar").unlink()
     assert f"{prepared.parent}/tiny-train-000000.tar: No such file or directory" in read_fault(prepared)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"\x89PNG\r\n\x1a\n", "does not decode as PNG"),
+        (b"", "does not decode as PNG"),
+        (png(np.arange(72, dtype=np.uint8).reshape(SHAPE))[:-40], "does not decode as PNG"),
+        (png(np.zeros((5, 6, 3), np.uint8)), "is a 6x5 RGB image, where 6x4 RGB is wanted"),
+        (png(np.zeros((4, 6), np.uint8)), "is a 6x4 L image, where 6x4 RGB is wanted"),
+        (png(np.zeros((4, 6, 4), np.uint8)), "is a 6x4 RGBA image, where 6x4 RGB is wanted"),
+    ],
+    ids=["head", "empty", "cut", "size", "grey", "rgba"],
+)
+def test_an_image_that_cannot_be_used_is_named_although_its_digest_fits(
+    prepared: Path, content: bytes, sentence: str
+) -> None:
+    rewrite_shard(prepared, 1, lambda members: members.__setitem__(3, (members[3][0], content)))
+    with tarfile.open(prepared.parent / "tiny-train-000001.tar") as tar:
+        key = tar.getnames()[3].removesuffix(".png")
+    assert f"shard {prepared.parent}/tiny-train-000001.tar, sample {key}: {sentence}" in read_fault(prepared)
 
 
 def test_a_label_that_is_no_class_names_the_member(prepared: Path) -> None:
@@ -325,40 +370,3 @@ def test_a_missing_member_and_a_missing_sample_are_named(prepared: Path) -> None
     assert "has no .cls" in read_fault(prepared)
     rewrite_shard(prepared, 0, lambda members: members.pop(0))
     assert "tiny-train-000000.tar: holds 4 samples, the manifest says 5" in read_fault(prepared)
-
-
-# --- over http ---
-
-
-@pytest.fixture
-def served(prepared: Path) -> Iterator[str]:
-    """The URL of the prepared data set's manifest on a server of this process."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(prepared.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/tiny.json"
-        server.shutdown()
-
-
-def test_manifest_and_shards_are_read_over_http(prepared: Path, served: str) -> None:
-    local, remote = read_manifest(str(prepared)), read_manifest(served)
-    assert isinstance(remote, Manifest)
-    assert remote.digest == local.digest
-    assert list(read_samples(remote, "val")) == list(read_samples(local, "val"))
-    plain = webdataset.WebDataset(served.replace(".json", "-val-{000000..000002}.tar"), shardshuffle=False)
-    assert len(list(plain)) == 12
-
-
-def test_what_the_server_has_not_is_named(prepared: Path, served: str) -> None:
-    manifest = read_manifest(served)
-    (prepared.parent / "tiny-val-000001.tar").unlink()
-    shard = served.replace(".json", "-val-000001.tar")
-    with pytest.raises(ValueError, match=rf"shard {shard}: curl ended with status 22: an HTTP error.*--out DIR"):
-        list(read_samples(manifest, "val"))
-    with pytest.raises(ValueError, match=r"cannot read the manifest .*/none\.json \(curl ended with status 22"):
-        read_manifest(served.replace("tiny.json", "none.json"))

@@ -42,7 +42,9 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 def digests(run: Path) -> dict[str, str]:
     """sha256 of the tensors of each checkpoint."""
-    return {p.parent.name: json.loads(p.read_text())["sha256"] for p in run.glob("checkpoints/step-*/state.json")}
+    return {
+        p.parent.name: json.loads(p.read_text())["files"]["state.pt"] for p in run.glob("checkpoints/step-*/state.json")
+    }
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,8 @@ class ImageBank:
     mean: tuple[float, ...]
     """Per channel over the images of the train split, on the 0 to 255 scale."""
     std: tuple[float, ...]
+    digest: str = ""
+    """sha256 of the manifest (hex)."""
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
@@ -69,7 +71,7 @@ def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
     offsets = np.cumsum([0, *(info.images for info in entry.classes)], dtype=np.int64)  # (classes + 1,)
     names = tuple(info.name for info in entry.classes)
     groups = tuple(info.group for info in entry.classes)
-    return ImageBank(found.name, split, images, offsets, names, groups, found.mean, found.std)
+    return ImageBank(found.name, split, images, offsets, names, groups, found.mean, found.std, found.digest)
 
 
 def cache_folder(cache: str = "") -> Path:

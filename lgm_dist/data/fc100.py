@@ -8,12 +8,12 @@ its train and test images are merged, 600 a class.
 from __future__ import annotations
 
 import functools
+import gzip
 import io
 import json
 import pickle
 import socket
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +33,8 @@ from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 
 SHAPE = (32, 32, 3)
 FOLDER, ARCHIVE = "cifar-100-python", "cifar-100-python.tar.gz"
+MOST_BYTES = 512 * 2**20
+"""Of the archive's tar."""
 WAYS = (
     f"name the official {ARCHIVE} or its unpacked folder, or a folder of Hugging Face parquet files of cifar100 "
     "(train*.parquet and test*.parquet), with --source"
@@ -128,6 +130,8 @@ def _names(labels: Sequence[int], names: Sequence[str] | None, kind: str, where:
     groups = [item for table in split_table().values() for item in table.items()]
     standard = {"fine": [name for _, members in groups for name in members], "coarse": [group for group, _ in groups]}
     names = sorted(standard[kind]) if names is None else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: the names of the {kind} labels are no list of names; {WAYS}")
     if not all(isinstance(label, int) and 0 <= label < len(names) for label in labels):
         raise ValueError(f"{where}: a {kind} label is none of 0 to {len(names) - 1}; {WAYS}")
     return [names[label] for label in labels]
@@ -136,14 +140,42 @@ def _names(labels: Sequence[int], names: Sequence[str] | None, kind: str, where:
 # --- the official archive: Python 2 pickles of a dictionary ---
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles containers, strings, numbers and numpy arrays, and nothing that could run code."""
+class _Array:
+    """What a pickle says of a numpy array. numpy itself would believe a type whose fields point anywhere in memory."""
+
+    state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """(version, shape, dtype, whether in Fortran's order, bytes)"""
+        self.state = state
+
+    def rows(self) -> npt.NDArray[np.uint8]:
+        """(images, 3072). Raises ValueError or TypeError where it is no such array."""
+        _, (images, values), dtype, fortran, content = self.state
+        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2's bytes
+        if dtype.code not in ("u1", "|u1") or fortran or values != 3072:
+            raise ValueError(f"{dtype.code} ({images}, {values})")
+        return np.frombuffer(content, np.uint8).reshape(images, values)
+
+
+class _Dtype:
+    """Likewise of an array's type."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, _: object) -> None:
+        """Byte order and the like, of which uint8 has none."""
+
+
+class _PlainUnpickler(pickle._Unpickler):  # Python's own, since C's takes the memory that a file asks for
+    """Unpickles containers, strings, numbers and what is said of arrays, and nothing that could run code."""
 
     ALLOWED = {  # noqa: RUF012 (a constant; ClassVar would say no more)
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -157,16 +189,27 @@ def _unpack(path: Path) -> dict[str, bytes]:
     """The files train, test and meta of the archive, by name."""
     files: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:*") as archive:
+        with tarfile.open(fileobj=io.BytesIO(_decompressed(path)), mode="r:") as archive:
             for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
+                file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
                 if file and member.name.rpartition("/")[2] in ("train", "test", "meta"):
                     files[member.name.rpartition("/")[2]] = file.read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as fault:
+    except Exception as fault:  # a damaged archive can raise almost anything
         raise ValueError(f"source {path} is no whole tar archive ({fault}); download it again, or {WAYS}") from fault
     if not {"train", "test"} <= set(files):
         raise ValueError(f"source {path} lacks the files train and test of CIFAR-100; {WAYS}")
     return files
+
+
+def _decompressed(path: Path) -> bytes:
+    """The archive's tar, in memory: a header of a tar that is decompressed on the way may take any amount."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else path.open("rb") as stream:
+        content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes; CIFAR-100 has 186 million")
+    return content
 
 
 def _official_parts(files: dict[str, bytes], where: str) -> list[_Part]:
@@ -179,12 +222,16 @@ def _official_parts(files: dict[str, bytes], where: str) -> list[_Part]:
 
 def _official_part(record: dict[str, Any], meta: dict[str, Any], where: str) -> _Part:
     try:
-        data, files = record["data"], record["filenames"]
+        array, files = record["data"], record["filenames"]
         labels = {kind: record[f"{kind}_labels"] for kind in ("fine", "coarse")}
     except KeyError as fault:
         raise ValueError(f"{where} has no {fault}; {WAYS}") from fault
-    sizes = {len(files), len(labels["fine"]), len(labels["coarse"])}
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or {(n, 3072) for n in sizes} != {data.shape}:
+    try:
+        data = array.rows()
+        good = all(isinstance(found, list) and len(found) == len(data) for found in (files, *labels.values()))
+    except (AttributeError, TypeError, ValueError):
+        good = False
+    if not good or not all(isinstance(file, str) for file in files):
         raise ValueError(
             f"{where}: the data are not an array of uint8 (images, 3072) with as many names and labels; {WAYS}"
         )
@@ -249,7 +296,9 @@ def _parquet_part(path: Path) -> _Part:
             img.field("bytes"),
             {kind: table.column(f"{kind}_label").to_pylist() for kind in ("fine", "coarse")},
         )
-    except (pa.ArrowException, KeyError, OSError) as fault:
+        if not (pa.types.is_binary(png.type) or pa.types.is_large_binary(png.type)):
+            raise TypeError(f"img.bytes is {png.type}")
+    except (pa.ArrowException, AttributeError, KeyError, TypeError, OSError) as fault:
         raise ValueError(
             f"{path} has not the columns img{{bytes,path}}, fine_label, coarse_label ({fault}); {WAYS}"
         ) from fault
@@ -257,7 +306,7 @@ def _parquet_part(path: Path) -> _Part:
         raise ValueError(f"{path}: {png.null_count} images have no bytes; {WAYS}")
     has_path = img.type.get_field_index("path") >= 0
     files = img.field("path").to_pylist() if has_path else [None] * len(png)
-    names = [file.rpartition("/")[2] if file else f"{path.stem}_{row:05d}" for row, file in enumerate(files)]
+    names = [str(file).rpartition("/")[2] if file else f"{path.stem}_{row:05d}" for row, file in enumerate(files)]
     lists = _label_names(table.schema.metadata or {})
     classes, groups = (_names(labels[kind], lists.get(kind), kind, str(path)) for kind in ("fine", "coarse"))
     return _Part(str(path), names, classes, groups, lambda row: png[row].as_py())
@@ -265,6 +314,9 @@ def _parquet_part(path: Path) -> _Part:
 
 def _label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """The names that Hugging Face's schema metadata gives the labels, as far as it does."""
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    lists = {kind: features.get(f"{kind}_label", {}).get("names") for kind in ("fine", "coarse")}
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        lists = {kind: features.get(f"{kind}_label", {}).get("names") for kind in ("fine", "coarse")}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
     return {kind: names for kind, names in lists.items() if names}

@@ -32,4 +32,4 @@ def unique_keys(names: Sequence[str], classes: Sequence[str]) -> list[str]:
 
 
 def _clean(name: str) -> str:
-    return re.sub(r"[./\\\s]", "_", name)
+    return re.sub(r"[./\\\s\x00-\x1f\x7f]", "_", name)

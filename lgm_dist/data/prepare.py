@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lgm_dist.data.fetch import is_url
 from lgm_dist.data.lock import exclusive
-from lgm_dist.data.manifest import is_url
 from lgm_dist.data.source import DataSource
 
 BUILT_IN = ("fc100", "glyphs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
+import struct
 import tarfile
 import tempfile
 from collections import Counter
@@ -18,24 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 from tqdm import tqdm
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from lgm_dist.config import SPLITS, Split
-from lgm_dist.data.manifest import (
-    ClassEntry,
-    Manifest,
-    Shard,
-    SplitEntry,
-    check_name,
-    is_url,
-    manifest_bytes,
-    read_manifest,
-    reason,
-)
+from lgm_dist.data.fetch import fetch
+from lgm_dist.data.manifest import ClassEntry, Manifest, Shard, SplitEntry, check_name, manifest_bytes, read_manifest
 from lgm_dist.data.png import MODES, decode
 from lgm_dist.data.source import DataSource, Sample, SplitSource
 
-__all__ = ["Manifest", "channel_statistics", "open_url", "read_images", "read_manifest", "read_samples", "write_shards"]
+__all__ = ["Manifest", "channel_statistics", "read_images", "read_manifest", "read_samples", "write_shards"]
 
 SAMPLES_PER_SHARD = 4000
 """About 26 MB of 32x32 images."""
@@ -112,12 +103,6 @@ def read_images(manifest: Manifest, split: Split) -> Iterator[tuple[str, npt.NDA
         with _blaming(manifest, where):
             image = decode(png, manifest.shape)
         yield key, image, label
-
-
-def open_url(location: str) -> IO[bytes]:
-    """Open a local path, or any URL that webdataset opens, for reading. Raises OSError, also on close."""
-    stream: IO[bytes] = webdataset.gopen(location) if is_url(location) else open(location, "rb")  # noqa: SIM115
-    return stream
 
 
 def _check_source(source: DataSource) -> None:
@@ -242,7 +227,9 @@ def _blaming(manifest: Manifest, where: str) -> Iterator[None]:
     except _ShardError:
         raise
     except (OSError, ValueError, tarfile.TarError) as fault:
-        text = reason(fault) if isinstance(fault, OSError) else str(fault.args[0] if fault.args else fault)
+        text = (
+            fault.strerror if isinstance(fault, OSError) and fault.strerror else fault.args[0] if fault.args else fault
+        )
         raise _ShardError(f"{where}: {text}; make the shards anew with `{manifest.remake}`") from fault
 
 
@@ -250,8 +237,7 @@ def _blaming(manifest: Manifest, where: str) -> Iterator[None]:
 def _verified(url: str, shard: Shard, manifest: Manifest) -> Iterator[IO[bytes]]:
     """The bytes of a shard, fetched once and checked against its sha256."""
     with tempfile.SpooledTemporaryFile(max_size=SPOOL) as copy:
-        with open_url(url) as stream:
-            shutil.copyfileobj(stream, copy, 2**20)
+        fetch(url, copy)
         copy.seek(0)
         digest = hashlib.sha256()
         while block := copy.read(2**20):
@@ -264,9 +250,24 @@ def _verified(url: str, shard: Shard, manifest: Manifest) -> Iterator[IO[bytes]]
 
 
 def _members(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """webdataset's record of each member of one opened shard, and an empty one at its end."""
-    members: Iterator[dict[str, Any]] = tar_file_expander(iter([{"url": "", "stream": stream}]))
-    return members
+    """webdataset's record of each member of one shard, in memory, and an empty one at its end.
+
+    Raises ValueError for what `write_shards` never writes: links, devices, folders, files with holes (which may claim any
+    size), and names that lead elsewhere.
+    """
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for info in tar:
+                if not info.isreg() or info.issparse():
+                    raise ValueError(f"member {info.name!r} is no plain file")
+                if info.name.startswith("/") or ".." in info.name.split("/"):
+                    raise ValueError(f"member {info.name!r} would lie outside of its folder")
+                content = tar.extractfile(info)
+                assert content
+                yield {"fname": info.name, "data": content.read(), "__url__": ""}
+    except (LookupError, OverflowError, RecursionError, struct.error) as fault:  # tarfile's of damaged headers
+        raise ValueError(f"is no whole tar ({fault})") from fault
+    yield {}
 
 
 def _label(sample: dict[str, Any], classes: int) -> int:
