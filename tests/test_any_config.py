@@ -142,6 +142,7 @@ def storages(tmp_path: Path) -> Iterator[Path]:
 @example(values={"model": {"filters": 4}}, mistakes=[("lr", 10**400)])
 @example(values={"model": {"filters": 4}}, mistakes=[("cache", "/dev/null/x")])
 @example(values={"model": {"filters": 4}}, mistakes=[("name", "a\0b")])
+@example(values={"model": {"filters": 4}}, mistakes=[("data", "http://[/x.json")])
 def test_any_configuration_trains_a_step_or_is_refused_in_one_sentence(
     tiny: Path, storages: Iterator[Path], values: dict[str, Any], mistakes: list[tuple[str, Any]]
 ) -> None:
