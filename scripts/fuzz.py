@@ -162,6 +162,7 @@ def search_with_atheris(target: Target, seconds: float, corpus: Path, folder: Pa
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "seed").write_bytes(SEEDS[target]())
     limits = [f"-max_total_time={seconds:.0f}", "-max_len=8192", "-rss_limit_mb=4096", "-timeout=10"]
+    limits.append(f"-artifact_prefix={kept}/")
     atheris.Setup([sys.argv[0], *limits, str(kept)], refuse_or_read)
     atheris.Fuzz()
 

@@ -15,12 +15,13 @@ LAYERS = {
     "config": 0,
     **dict.fromkeys(("allocator", "data", "model", "cli", "flags", "metrics"), 1),
     "engine": 2,
-    **dict.fromkeys(("checkpoint", "checkpoint_files", "progress"), 3),
-    **dict.fromkeys(("job", "analysis", "sweeps", "panels"), 4),
-    **dict.fromkeys(("plots", "tracking"), 5),
-    **dict.fromkeys(("ray_train", "report"), 6),
-    "bench": 7,
-    **dict.fromkeys(("scripts", "tune"), 8),
+    **dict.fromkeys(("checkpoint_files", "progress"), 3),
+    "checkpoint": 4,
+    **dict.fromkeys(("job", "analysis", "sweeps", "panels"), 5),
+    **dict.fromkeys(("plots", "tracking"), 6),
+    **dict.fromkeys(("ray_train", "report"), 7),
+    "bench": 8,
+    **dict.fromkeys(("scripts", "tune"), 9),
 }
 """DESIGN's direction: a part imports from itself and from lower layers, so data, model and cli know config alone."""
 OWNERS = {
