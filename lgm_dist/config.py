@@ -13,6 +13,15 @@ from typing import Any, Literal, get_args
 Protocol = Literal["standard", "paper"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+_MOST = {
+    **dict.fromkeys(("filters", "noise_size", "workers", "max_workers", "cpus_per_worker"), 4096),
+    "meta_batch": 65_536,
+    "eval_episodes": 1_000_000,
+    "test_episodes": 1_000_000,
+}
+"""Beyond these a number is a slip of the hand, which would take all memory."""
+_LARGEST = 3e38
+"""Of a float32."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class ModelConfig:
         _choice(self, "norm", ("batch", "group", "instance", "layer"))
         _choice(self, "norm_scope", ("global", "worker", "episode"))
         _between(self, "norm_decay", 0.0, 1.0)
-        if not 0 < self.norm_epsilon < float("inf"):
+        if not 0 < self.norm_epsilon <= _LARGEST:
             raise ValueError(f"norm_epsilon ({self.norm_epsilon}) must be positive; the paper's is 1e-3")
         if self.norm == "group" and self.filters % self.norm_groups:
             fix = max(groups for groups in range(1, self.norm_groups) if self.filters % groups == 0)
@@ -164,13 +173,13 @@ class Config:
             raise ValueError("eval_ways (1) must be at least 2, or 0 for the ways of training")
         if self.seed >= 2**64 or self.eval_seed >= 2**64:
             raise ValueError(f"seed ({self.seed}) and eval_seed ({self.eval_seed}) must be below 2**64")
-        if not 0 < self.lr < float("inf"):
+        if not 0 < self.lr <= _LARGEST:
             raise ValueError(f"lr ({self.lr}) must be positive; the paper's is 1e-3")
         if not 0 < self.lr_decay <= 1:
             raise ValueError(f"lr_decay ({self.lr_decay}) must be in (0, 1]; 1 keeps the learning rate constant")
         if not 0 <= self.lr_min <= self.lr:
             raise ValueError(f"lr_min ({self.lr_min}) must lie between 0 and lr ({self.lr})")
-        if not 0 <= self.weight_decay < float("inf"):
+        if not 0 <= self.weight_decay <= _LARGEST:
             raise ValueError(f"weight_decay ({self.weight_decay}) must not be negative; 0 turns it off")
         if self.eval_episodes < 2 or self.test_episodes == 1:
             raise ValueError(
@@ -191,6 +200,13 @@ class Config:
                 f"hang_seconds ({self.hang_seconds}) must be above storage_seconds ({self.storage_seconds}), as a worker "
                 "that waits for the storage is not hung, or 0"
             )
+        if self.steps * self.meta_batch >= 2**63:
+            raise ValueError(
+                f"epochs ({self.epochs}) of steps_per_epoch ({self.steps_per_epoch}) steps of meta_batch ({self.meta_batch}) "
+                "episodes must be below 2**63 episodes; lower epochs"
+            )
+        for name in ("data", "data_root", "source", "cache", "name", "storage"):
+            _path(self, name)
         if not self.data:
             raise ValueError("data ('') must name a data set; use fc100, glyphs or the path of a manifest")
         if "/" in self.name or self.name in (".", ".."):
@@ -244,12 +260,29 @@ def _positive(config: object, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} ({value}) must be a whole number of at least 1")
+    _at_most(name, value)
 
 
 def _not_negative(config: object, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} ({value}) must be a whole number of at least 0")
+    _at_most(name, value)
+
+
+def _at_most(name: str, value: int) -> None:
+    if value > _MOST.get(name, value):
+        raise ValueError(f"{name} ({value}) must be at most {_MOST[name]:,}")
+
+
+def _path(config: object, name: str) -> None:
+    value: str = getattr(config, name)
+    try:
+        good = all(byte >= 32 and byte != 127 for byte in value.encode())
+    except UnicodeEncodeError:
+        good = False
+    if not good:
+        raise ValueError(f"{name} ({value!r}) must be text without control characters; it names a file or folder")
 
 
 def _between(config: object, name: str, low: float, high: float) -> None:

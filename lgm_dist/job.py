@@ -55,6 +55,9 @@ def make_job(config: Config) -> Job:
 
     Raises ValueError for what a user can mend.
     """
+    here = not config.workers or os.environ.get("RAY_ADDRESS", "local") == "local"
+    if config.device == "cuda" and here and not torch.cuda.is_available():
+        raise ValueError("device ('cuda') must be there, and this machine has no CUDA; use --device cpu")
     manifest = ensure_manifest(config.data, config.data_root, config.source)
     data = open_banks(config, manifest)["train"].digest
     cache = str(Path(config.cache).absolute()) if config.cache else ""

@@ -172,8 +172,9 @@ def test_nobody_there() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/tiny.json"
         with pytest.raises(ValueError, match=r"tiny\.json \(Connection refused, 3 times\); prepare it"):
             read_manifest(url)
-    with pytest.raises(ValueError, match=r"x\.json \(this is no URL: .*\); prepare it"):
-        read_manifest("http://127.0.0.1:port/x.json")
+    for wrong in ("http://127.0.0.1:port/x.json", "http://[/x.json", "http://a b/x.json", "http://\u2028/x.json"):
+        with pytest.raises(ValueError, match=r"x\.json \(this is no URL: .*\); prepare it"):
+            read_manifest(wrong)
 
 
 def test_a_manifest_without_end_is_not_read_to_it(served: str) -> None:

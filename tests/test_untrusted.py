@@ -248,6 +248,7 @@ def test_a_pickle_whose_values_are_not_what_they_should_be(tmp_path: Path, name:
     [
         b"\x80\x02}r\xff\xff\xff\x0f.",  # a dictionary, remembered under number 268,435,455
         b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",  # a terabyte of bytes
+        b"\x96" + struct.pack("<Q", 2**34) + b"x.",  # a bytearray of 16 GB, as atheris found
         b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"}.",  # a frame of a terabyte
         b"\x80\x02" + b"(" * 100_000 + b".",
         b"\x80\x02cbuiltins\neval\n(S'1'\ntR.",

@@ -55,7 +55,7 @@ def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
         split: train, val or test.
         cache: Cache folder (see `cache_folder`).
 
-    Raises ValueError for a missing or damaged manifest or shard, OSError where the cache cannot be written.
+    Raises ValueError for a missing or damaged manifest or shard, and where the cache cannot be written.
     """
     if split not in SPLITS:
         raise ValueError(f"split ({split!r}) must be one of {', '.join(SPLITS)}")
@@ -63,10 +63,16 @@ def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
     entry = found.splits[split]
     path = cache_folder(cache) / f"{found.name}-{split}-{found.digest[:32]}.uint8"
     shape = (entry.images, *found.shape)
-    if not _complete(path, shape):
-        with exclusive(path.with_suffix(".lock")):
-            if not _complete(path, shape):  # else the process that held the lock has just built it
-                _build(found, split, path)
+    try:
+        if not _complete(path, shape):
+            with exclusive(path.with_suffix(".lock")):
+                if not _complete(path, shape):  # else the process that held the lock has just built it
+                    _build(found, split, path)
+    except OSError as fault:
+        raise ValueError(
+            f"cache ({path.parent}) cannot be written ({fault.strerror or fault}); name another folder with --cache or "
+            "LGM_DIST_CACHE"
+        ) from fault
     images = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))  # (n, H, W, C)
     offsets = np.cumsum([0, *(info.images for info in entry.classes)], dtype=np.int64)  # (classes + 1,)
     names = tuple(info.name for info in entry.classes)

@@ -54,7 +54,7 @@ def _fetch_url(url: str, into: IO[bytes], most: int | None) -> None:
             reason = _plain(f"the server answers {fault.code} {fault.reason}")
             if fault.code < 500:
                 raise OSError(reason) from None
-        except (http.client.InvalidURL, UnicodeError) as fault:
+        except (http.client.InvalidURL, ValueError) as fault:
             raise OSError(f"this is no URL: {fault}") from None
         except (TimeoutError, ConnectionError, urllib.error.URLError, http.client.HTTPException) as fault:
             reason = _reason(fault)

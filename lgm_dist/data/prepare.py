@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lgm_dist.data.fetch import is_url
@@ -24,11 +25,11 @@ def ensure_manifest(data: str, data_root: str, source: str) -> str:
     Raises ValueError for a name or path that leads nowhere, and where preparing fails.
     """
     if data.endswith(".json"):
-        if not is_url(data) and not Path(data).is_file():
+        if not is_url(data) and not os.path.isfile(data):
             raise ValueError(f"data: there is no manifest {data}; prepare one with `python scripts/prepare.py --help`")
         return data
     manifest = Path(data_root) / data / f"{data}.json"
-    if manifest.is_file():
+    if os.path.isfile(manifest):  # unlike Path's, False too where the name is too long
         return str(manifest)
     if data not in BUILT_IN:
         raise ValueError(
@@ -36,6 +37,12 @@ def ensure_manifest(data: str, data_root: str, source: str) -> str:
             f"manifest (.json), or prepare it with `python scripts/prepare.py folder --source PATH --name {data} "
             f"--out {manifest.parent}`"
         )
+    try:
+        Path(data_root).mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise ValueError(
+            f"data_root ({data_root}) cannot be written ({fault.strerror}); name another folder"
+        ) from fault
     with exclusive(Path(data_root) / f".{data}.lock"):
         if not manifest.is_file():  # else another process has just prepared it
             from lgm_dist.data.shards import write_shards
