@@ -134,7 +134,7 @@ def storage(folder: Path, _: argparse.Namespace) -> list[Outcome]:
         for place in (disk / "runs").glob("*/checkpoints"):
             subprocess.run(["chattr", how, str(place)], check=True)
 
-    away = folder / "away"
+    away = disk / "away"
     faults: list[tuple[str, Callable[[], Any], Callable[[], Any], float]] = [
         ("disk full for 10 s", fill, ballast.unlink, 10),
         ("disk full", fill, ballast.unlink, 0),
