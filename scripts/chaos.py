@@ -257,7 +257,7 @@ def starts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     trainings = [Training(fresh, f"start-{number}", *few, code=logged) for number in range(8)]
     for training in trainings:
         training.wait()
-    decoded = [line for training in trainings for line in training.said().splitlines() if ": decoded " in line]
+    decoded = [line for training in trainings for line in training.said().splitlines() if "bank:decoded " in line]
     banks = sorted(path.name for path in (fresh / "cache").glob("*.uint8"))
     equal = sum(changed_bits(training.run, trainings[0].run) for training in trainings)
     recovered = 8 if len(decoded) == len(banks) == 3 else 0
