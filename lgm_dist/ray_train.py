@@ -221,8 +221,8 @@ def _stop_on_signals(run: Path) -> Iterator[None]:
 
 def _train_with_ray(job: Job, config: Config) -> None:
     """Trains in a Ray of our own or a cluster's; once more, and in a new Ray of our own, where Ray Train's controller died."""
-    if config.hang_seconds:  # Ray Train's own limit is for workers that do not even answer it, such as stopped ones
-        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_seconds)
+    # Ray Train's own limit is for workers that do not even answer it, such as stopped ones; 0 would be none at all
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_seconds or 10**9)
     what = ""
     for attempt in range(config.max_failures + 1):
         if attempt:
@@ -388,5 +388,7 @@ def _first_failure(failures: dict[int, Exception]) -> str:
 
 def _one_line(error: Exception) -> str:
     """The sentence of a text that goes on with details, or comes after a traceback."""
-    lines = str(getattr(error, "controller_failure", error)).strip().splitlines() or [type(error).__name__]
+    for cause in ("controller_failure", "health_check_failure"):
+        error = getattr(error, cause, error)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if lines[0].startswith("Traceback") else 0]

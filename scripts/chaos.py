@@ -114,7 +114,9 @@ def _losses(run: Path, alone: Path) -> tuple[int, str]:
 
 
 def storage(folder: Path, _: argparse.Namespace) -> list[Outcome]:
-    """Full, read-only, away for half a minute, and gone: a training that waits, or ends in a sentence and is begun again."""
+    """Full, unwritable, away for half a minute, and gone: a training that waits, or ends in a sentence and is begun again.
+
+    Needs root, for a small disk of its own."""
     flags = ("--workers=0", "--steps-per-epoch=600", "--eval-every=50", "--wandb=disabled")
     alone = Training(folder, "alone-in-one-process", *flags)
     alone.wait()
@@ -128,15 +130,16 @@ def storage(folder: Path, _: argparse.Namespace) -> list[Outcome]:
             while True:
                 file.write(bytes(4096))
 
-    def remount(how: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+    def change(how: str) -> None:
+        for place in (disk / "runs").glob("*/checkpoints"):
+            subprocess.run(["chattr", how, str(place)], check=True)
 
-    away = folder / "away"
+    away = disk / "away"
     faults: list[tuple[str, Callable[[], Any], Callable[[], Any], float]] = [
         ("disk full for 10 s", fill, ballast.unlink, 10),
         ("disk full", fill, ballast.unlink, 0),
-        ("storage read-only for 10 s", lambda: remount("ro"), lambda: remount("rw"), 10),
-        ("storage read-only", lambda: remount("ro"), lambda: remount("rw"), 0),
+        ("checkpoints unwritable for 10 s", lambda: change("+i"), lambda: change("-i"), 10),
+        ("checkpoints unwritable", lambda: change("+i"), lambda: change("-i"), 0),
         ("storage away for 30 s", lambda: (disk / "runs").rename(away), lambda: away.rename(disk / "runs"), 30),
         ("storage gone", lambda: (disk / "runs").rename(away), lambda: away.rename(disk / "runs"), 0),
     ]
@@ -254,7 +257,7 @@ def starts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     trainings = [Training(fresh, f"start-{number}", *few, code=logged) for number in range(8)]
     for training in trainings:
         training.wait()
-    decoded = [line for training in trainings for line in training.said().splitlines() if ": decoded " in line]
+    decoded = [line for training in trainings for line in training.said().splitlines() if "bank:decoded " in line]
     banks = sorted(path.name for path in (fresh / "cache").glob("*.uint8"))
     equal = sum(changed_bits(training.run, trainings[0].run) for training in trainings)
     recovered = 8 if len(decoded) == len(banks) == 3 else 0

@@ -80,6 +80,11 @@ def test_a_mistake_is_one_sentence(values: dict[str, Any], sentence: str) -> Non
     assert "\n" not in str(error.value)
 
 
+def test_a_worker_that_waits_for_the_storage_is_not_hung() -> None:
+    with pytest.raises(ValueError, match=r"hang_seconds \(60\) must be above storage_seconds \(60\), .*, or 0$"):
+        Config(hang_seconds=60)
+
+
 @pytest.mark.parametrize(("values", "sentence"), MODEL_MISTAKES)
 def test_a_mistake_in_the_model_is_one_sentence(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011  the sentence is compared below
@@ -102,6 +107,7 @@ def test_what_lies_on_the_border_is_accepted() -> None:
     Config(meta_batch=7, workers=0, seed=2**64 - 1, eval_seed=2**64 - 1, max_failures=0, eval_episodes=2)
     Config(ways=2, lr_decay=1, lr_min=1e-3, lr=1e-3, test_episodes=2)
     Config(test_episodes=0, eval_ways=2, eval_shot=1)
+    Config(hang_seconds=0, storage_seconds=60)
     Config(workers=1, max_workers=5, meta_batch=32)  # the slices of elastic workers may differ in size
     ModelConfig(norm_decay=0.0)
     ModelConfig(filters=12, norm_groups=8)  # groups are for norm=group alone

@@ -42,6 +42,15 @@ def test_facts(small: Config, tiny: Path, tmp_path: Path) -> None:
     assert facts["manifest_digest"] == read_manifest(str(tiny)).digest
 
 
+def test_another_number_of_workers_is_said_once(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(dataclasses.replace(small, storage=str(tmp_path), name="run"))
+    for world_size, step in ((1, 0), (1, 4), (3, 8), (3, 12)):
+        write_facts(job, Worker(rank=0, world_size=world_size), step)
+    assert capsys.readouterr().err == "world size 1 -> 3 from step 9 on\n"
+
+
 def test_elastic_workers_share_the_cores_as_if_all_were_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lgm_dist.job.os.cpu_count", lambda: 8)
     assert threads_of(Config(workers=1, max_workers=4)) == 2
