@@ -23,8 +23,10 @@ from lgm_dist.cli import RunFailed, status_of, table
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "http://127.0.0.1:8265"
-PASSED = ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "WANDB_BASE_URL", "LGM_DIST_CACHE")
+PASSED = ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "WANDB_BASE_URL", "LGM_DIST_CACHE")
 """Variables that reach the job from here without being asked for."""
+KEY = "WANDB_API_KEY"
+"""Reaches it only where --env asks for it: Ray keeps a job's variables where whoever reaches its job API reads them."""
 STOP_SECONDS = "60"
 """How long Ray waits for a job that it has asked to stop; its own 3 s are too short for a step and a checkpoint."""
 TRAINERS = ("train.py", "sweep.py", "grid.py")
@@ -38,8 +40,8 @@ The job runs on the cluster in a copy of this repository without data, runs and 
 same on all machines. The same train.py --name and --storage go on where the run stopped. Ctrl-C leaves the job running.
 It gets what --env says and, where they are set here,
   {", ".join(PASSED)}.
-Ray keeps them in plain text: with the job, for whoever reaches the cluster's job API, and in runtime_env_agent.log. Where
-that is too many people, unset WANDB_API_KEY here and give it to the cluster's nodes instead.
+Ray keeps them in plain text: with the job, for whoever reaches the cluster's job API, and in runtime_env_agent.log. So
+{KEY} stays here: give it to the cluster's nodes, or pass it with --env {KEY} where nobody else reaches the cluster.
 """
 
 
@@ -131,6 +133,8 @@ def environment_of(assignments: list[str]) -> dict[str, str]:
         if not equals and name not in os.environ:
             raise ValueError(f"env ({name}) is not set here; give --env {name}=VALUE")
         environment[name] = value if equals else os.environ[name]
+    if KEY in os.environ and KEY not in environment:
+        sys.stderr.write(f"{KEY} is not passed to the job, where others could read it; --env {KEY} passes it\n")
     ours = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, "LGM_DIST_COMMIT": _commit()}
     return ours | environment
 

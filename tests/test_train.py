@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from head_node import Head, listening_sockets
 from test_scripts import run as run_script
 
 from lgm_dist.cli import RunFailed
@@ -198,6 +199,12 @@ def ray_head() -> Iterator[None]:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_head")
 class TestUnderRay:
+    def test_every_socket_of_a_local_ray_is_on_loopback(self) -> None:
+        """GCS, raylet, dashboard and their agents: nothing outside this machine reaches them."""
+        found = listening_sockets(Head(os.getpid(), "", set(), {}).processes())
+        assert len(found) >= 5
+        assert {address for address, _ in found} <= {"127.0.0.1", "::1"}
+
     def test_two_workers_take_the_steps_of_one_and_one_goes_on_where_they_stopped(
         self, tiny: Path, tmp_path: Path
     ) -> None:
