@@ -315,6 +315,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--folder", type=Path, help="where everything goes, kept (a temporary folder, removed)")
     parser.add_argument("--json", type=Path, help="the figures go there too")
     flags = parser.parse_args(argv)
+    facts = {"commit": commit(), "command": ["scripts/chaos.py", *argv], "cpus": os.cpu_count()}  # as they are now
     with tempfile.TemporaryDirectory() as temporary:
         folder = (flags.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -322,7 +323,6 @@ def main(argv: list[str]) -> None:
         outcomes = [outcome for name in names for outcome in PARTS[name](folder, flags)]
     sys.stdout.write(markdown(outcomes))
     if flags.json:
-        facts = {"commit": commit(), "command": ["scripts/chaos.py", *argv], "cpus": os.cpu_count()}
         flags.json.write_text(json.dumps(facts | {"outcomes": [asdict(o) for o in outcomes]}, indent=1) + "\n")
 
 
