@@ -303,6 +303,19 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
 
 def main(argv: list[str]) -> None:
     """Prints the table and writes it as JSON. Raises RunFailed where a training was lost."""
+    flags = _parser().parse_args(argv)
+    facts = {"commit": commit(), "command": ["scripts/chaos.py", *argv], "cpus": os.cpu_count()}  # as they are now
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (flags.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        names = list(PARTS) if "all" in flags.parts else flags.parts
+        outcomes = [outcome for name in names for outcome in PARTS[name](folder, flags)]
+    sys.stdout.write(markdown(outcomes))
+    if flags.json:
+        flags.json.write_text(json.dumps(facts | {"outcomes": [asdict(o) for o in outcomes]}, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chaos.py", description=__doc__)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"], metavar="part", help=", ".join([*PARTS, "all"]))
     parser.add_argument("--kills", type=int, default=4, help="times of each fault (%(default)s)")
@@ -314,16 +327,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the times and the victims (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where everything goes, kept (a temporary folder, removed)")
     parser.add_argument("--json", type=Path, help="the figures go there too")
-    flags = parser.parse_args(argv)
-    facts = {"commit": commit(), "command": ["scripts/chaos.py", *argv], "cpus": os.cpu_count()}  # as they are now
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (flags.folder or Path(temporary)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        names = list(PARTS) if "all" in flags.parts else flags.parts
-        outcomes = [outcome for name in names for outcome in PARTS[name](folder, flags)]
-    sys.stdout.write(markdown(outcomes))
-    if flags.json:
-        flags.json.write_text(json.dumps(facts | {"outcomes": [asdict(o) for o in outcomes]}, indent=1) + "\n")
+    return parser
 
 
 if __name__ == "__main__":
