@@ -49,7 +49,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif name == "fuzz":
         assert script(name)._parser().parse_args(words).seconds > 0
     elif name == "chaos":
-        assert script(name)._parser().parse_args(words).part
+        assert script(name)._parser().parse_args(words).parts
     elif name == "prepare":
         called: list[object] = []
         module = script(name)
