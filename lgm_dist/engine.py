@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from lgm_dist.config import Config, Split
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.device import DeviceSampler
 from lgm_dist.data.episodes import EpisodeBatch, draw_noise, draw_rows, load_images, sample_episodes
 from lgm_dist.model import AllReduce, LGMNet
 
@@ -98,7 +97,7 @@ def train_step(
     """
     optimizer.zero_grad()
     figures = gradients(model, batch, config, weight)  # (3,)
-    _apply(optimizer, config, step, figures)
+    apply(optimizer, config, step, figures)
     return figures
 
 
@@ -112,7 +111,7 @@ def gradients(model: nn.Module, batch: EpisodeBatch, config: Config, weight: flo
     return torch.stack([loss.detach(), accuracy, grad_norm])  # (3,)
 
 
-def _apply(optimizer: torch.optim.Optimizer, config: Config, step: int, figures: Tensor) -> None:
+def apply(optimizer: torch.optim.Optimizer, config: Config, step: int, figures: Tensor) -> None:
     """Step `step` of the optimizer, of gradients that have these figures (3,)."""
     set_rates(optimizer, config, step)
     # fused Adam then leaves weights and its own state alone: those that gave the loss, for `diagnosis` to look at
@@ -127,62 +126,6 @@ def log_probabilities(model: nn.Module, batch: EpisodeBatch, config: Config) -> 
     # No weight is used twice, so autocast's cache of cast weights would save nothing, and a CUDA graph must not hold it.
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
         return model(batch.support, batch.query, config.ways, noise)  # type: ignore[no-any-return]
-
-
-class DeviceSteps:
-    """Training steps of one worker whose episodes are made on its device; nothing waits for the host.
-
-    With `graph` (CUDA alone) sampling, augmentation, forward and backward pass are one CUDA graph; the optimizer, whose rates
-    change, stays outside. With `compiled` torch.compile fuses them; `model` stays the network itself.
-    """
-
-    def __init__(
-        self,
-        model: LGMNet,
-        optimizer: torch.optim.Optimizer,
-        sampler: DeviceSampler,
-        config: Config,
-        *,
-        graph: bool = False,
-        compiled: bool = False,
-    ) -> None:
-        self._optimizer, self._config = optimizer, config
-        self._model: nn.Module = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
-        self._sampler = torch.compile(sampler.__call__, dynamic=False) if compiled else sampler
-        self._first = torch.zeros((), dtype=torch.int64, device=sampler.device)
-        self._graph = self._capture(model) if graph else None
-
-    def __call__(self, step: int) -> Tensor:
-        """Step `step` (from 0), on episodes step * meta_batch and after; returns what `train_step` does, (3,)."""
-        self._first.fill_(step * self._config.meta_batch)
-        if self._graph:
-            self._graph.replay()  # writes the gradients anew
-            figures = self._figures.clone()
-        else:
-            self._optimizer.zero_grad()
-            figures = self._gradients()
-        _apply(self._optimizer, self._config, step, figures)
-        return figures
-
-    def _gradients(self) -> Tensor:
-        return gradients(self._model, self._sampler(self._first, self._config.meta_batch), self._config)
-
-    def _capture(self, model: LGMNet) -> torch.cuda.CUDAGraph:
-        averages = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their kernels and take their workspace before the capture
-                self._optimizer.zero_grad()
-                self._gradients()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._optimizer.zero_grad()  # so that the gradients lie in the graph's own memory
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._figures = self._gradients()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(averages[name])
-        return graph
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lgm_dist.ray_train import RAY_ENVIRONMENT
+from lgm_dist.ray_cluster import RAY_ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,7 @@ import yaml
 from test_scripts import script
 
 from lgm_dist.flags import Flags, parse
-from lgm_dist.ray_train import prepare_for_ray
+from lgm_dist.ray_cluster import prepare_for_ray
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -9,10 +9,11 @@ import pytest
 import torch
 from test_episodes import make_bank
 
+from lgm_dist.bench.gpu import DeviceSteps
 from lgm_dist.config import Config, ModelConfig, Split
 from lgm_dist.data import sample_episodes
 from lgm_dist.data.device import DeviceSampler, choose, philox
-from lgm_dist.engine import DeviceSteps, make_optimizer, train_step
+from lgm_dist.engine import make_optimizer, train_step
 from lgm_dist.model import LGMNet
 
 DEVICES = [

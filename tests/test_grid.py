@@ -22,7 +22,7 @@ import grid_cells
 import numpy as np
 import pytest
 
-from lgm_dist import ray_train
+from lgm_dist import ray_cluster, ray_train
 from lgm_dist.checkpoint import best, load_model
 from lgm_dist.cli import RunFailed, status_of
 from lgm_dist.config import Config
@@ -355,7 +355,7 @@ def test_one_ray_for_all_cells(
 
     works = ray_train.fit
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(ray_train, "connect", connect)
+    monkeypatch.setattr(ray_cluster, "connect", connect)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: events.append("shutdown")))
     arguments = command(tiny, tmp_path, "--workers 2 --cpus-per-worker 2")
     with monkeypatch.context() as broken:

@@ -24,7 +24,7 @@ from test_scripts import run
 
 from lgm_dist.job import commit
 from lgm_dist.metrics import read_metrics
-from lgm_dist.ray_train import prepare_for_ray
+from lgm_dist.ray_cluster import prepare_for_ray
 
 SECRET = "0123456789abcdef-not-a-key"
 

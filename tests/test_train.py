@@ -186,7 +186,7 @@ def ray_head() -> Iterator[None]:
     """One local Ray for all tests that need one: starting it takes longer than the tests."""
     import torch
 
-    from lgm_dist.ray_train import start_local_ray
+    from lgm_dist.ray_cluster import start_local_ray
 
     assert not torch.distributed.is_initialized()
     start_local_ray(cpus=2)

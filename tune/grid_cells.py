@@ -13,7 +13,7 @@ from typing import Any
 
 from spaces import images_per_step
 
-from lgm_dist import ray_train
+from lgm_dist import ray_cluster, ray_train
 from lgm_dist.checkpoint import best, load_model
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import Config
@@ -78,7 +78,7 @@ def _one_ray(cells: list[Config]) -> Iterator[None]:
         yield
         return
     cpus = max(os.cpu_count() or 1, (config.max_workers or config.workers) * threads_of(config))
-    started = ray_train.connect(cpus)
+    started = ray_cluster.connect(cpus)
     import ray
 
     try:

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     folder = Path(config.storage).absolute() / (config.name or f"sweep-{Path(flags.space).stem}")
     if not flags.resume:
         _begin(folder, config, flags, argv)
-    from lgm_dist.ray_train import prepare_for_ray  # after parsing: --help and a mistyped flag need no torch
+    from lgm_dist.ray_cluster import prepare_for_ray  # after parsing: --help and a mistyped flag need no torch
 
     prepare_for_ray()
     from driver import finish, search

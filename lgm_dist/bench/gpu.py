@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain
 from lgm_dist.config import Config, Split
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.device import DeviceSampler
-from lgm_dist.engine import DeviceSteps, Worker, evaluate, make_optimizer
+from lgm_dist.engine import Worker, apply, evaluate, gradients, make_optimizer
 from lgm_dist.model import LGMNet
 
 WAYS: dict[str, dict[str, bool]] = {
@@ -76,6 +77,62 @@ def stepper(way: str, sampler: DeviceSampler, config: Config) -> Callable[[int],
     torch.manual_seed(0)
     model = LGMNet(config.model).train().to(sampler.device)
     return DeviceSteps(model, make_optimizer(model, config), sampler, config, **WAYS[way])
+
+
+class DeviceSteps:
+    """Training steps of one worker whose episodes are made on its device; nothing waits for the host.
+
+    With `graph` (CUDA alone) sampling, augmentation, forward and backward pass are one CUDA graph; the optimizer, whose rates
+    change, stays outside. With `compiled` torch.compile fuses them; `model` stays the network itself.
+    """
+
+    def __init__(
+        self,
+        model: LGMNet,
+        optimizer: torch.optim.Optimizer,
+        sampler: DeviceSampler,
+        config: Config,
+        *,
+        graph: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self._optimizer, self._config = optimizer, config
+        self._model: nn.Module = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
+        self._sampler = torch.compile(sampler.__call__, dynamic=False) if compiled else sampler
+        self._first = torch.zeros((), dtype=torch.int64, device=sampler.device)
+        self._graph = self._capture(model) if graph else None
+
+    def __call__(self, step: int) -> Tensor:
+        """Step `step` (from 0), on episodes step * meta_batch and after; returns what `train_step` does, (3,)."""
+        self._first.fill_(step * self._config.meta_batch)
+        if self._graph:
+            self._graph.replay()  # writes the gradients anew
+            figures = self._figures.clone()
+        else:
+            self._optimizer.zero_grad()
+            figures = self._gradients()
+        apply(self._optimizer, self._config, step, figures)
+        return figures
+
+    def _gradients(self) -> Tensor:
+        return gradients(self._model, self._sampler(self._first, self._config.meta_batch), self._config)
+
+    def _capture(self, model: LGMNet) -> torch.cuda.CUDAGraph:
+        averages = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose their kernels and take their workspace before the capture
+                self._optimizer.zero_grad()
+                self._gradients()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._optimizer.zero_grad()  # so that the gradients lie in the graph's own memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._figures = self._gradients()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(averages[name])
+        return graph
 
 
 def _timed(work: Callable[[int], object], device: str) -> Callable[[], float]:

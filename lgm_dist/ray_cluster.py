@@ -1,0 +1,76 @@
+"""A cluster of Ray to train on: the one of RAY_ADDRESS, or one of this process's own that listens on loopback only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+
+RAY_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every socket of a local Ray on 127.0.0.1
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment instead of making their own with uv
+    "RAY_AUTH_MODE": "disabled",  # a local Ray on loopback writes no token into the home folder
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next check
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+"""For a Ray that `fit` starts itself on this machine; a cluster's own settings are left alone."""
+
+
+def connect(cpus: int, log_to_driver: bool = True) -> bool:
+    """Joins the cluster of RAY_ADDRESS, else starts a local Ray with `cpus` unless this process has one.
+
+    True if it is ours to end. Raises ValueError where nothing listens at RAY_ADDRESS.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        start_local_ray(cpus, log_to_driver)
+        return True
+    _check_address(address)
+    import ray
+
+    ray.init(address, logging_level=logging.ERROR, log_to_driver=log_to_driver)
+    return True
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries for half a minute and then prints pages."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # auto, or a name that Ray knows
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"RAY_ADDRESS ({address}): no Ray cluster answers there ({error}); start one with `ray start --head`, or "
+            "unset RAY_ADDRESS to train on this machine"
+        ) from None
+
+
+def prepare_for_ray() -> None:
+    """Sets the environment of a local Ray; before Ray is imported, which reads some of it then."""
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+
+
+def start_local_ray(cpus: int, log_to_driver: bool = True) -> None:
+    """Starts a Ray of this process, on this machine, listening on loopback only."""
+    prepare_for_ray()
+    import ray
+
+    # With its dashboard, on loopback too: Ray Train's cleaner asks it for the controller's state every second.
+    ray.init(
+        "local",
+        num_cpus=cpus,
+        object_store_memory=200 * 2**20,
+        include_dashboard=True,
+        logging_level=logging.ERROR,
+        log_to_driver=log_to_driver,
+    )
