@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,17 +20,30 @@ from lgm_dist.data.shards import write_shards
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 
 CLASSES, IMAGES, SIDE = 6, 24, 16
+WITH_RAY = ("TestOnAHeadNode", "TestRealSweeps", "TestUnderRay")
+"""Classes of tests with the marker ray."""
 
 # A suite started in the background of a shell script has Ctrl-C ignored, and so would have all that its tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2`: tests that start Ray one after the other in one process, first since they take longest; the others by
-    file in the other."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
+    """Tests that start Ray come first: they take longest."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        assert item.get_closest_marker("ray") is None or any(f"::{name}::" in item.nodeid for name in WITH_RAY), item
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest -n 2`: those in one process, as there is never more than one Ray here; the others by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if any(f"::{name}::" in nodeid for name in WITH_RAY) else nodeid.split("::")[0]
+
+    return ByFile(config, log)
 
 
 def _png(split: int, label: int, index: int) -> bytes:
