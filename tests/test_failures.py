@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ import torch
 from test_train import config, digests, history
 from worker_processes import run_workers
 
+from lgm_dist.checkpoint_files import read_meta
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import Config
 from lgm_dist.data import open_bank, sample_episodes
@@ -52,9 +52,9 @@ def damage(folder: Path, name: str, value: float) -> None:
     weights = state["model"][name]
     weights[(0,) * weights.dim()] = value
     torch.save(state, folder / "state.pt")
-    meta = json.loads((folder / "state.json").read_text())
-    meta["sha256"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
-    (folder / "state.json").write_text(json.dumps(meta))
+    meta = read_meta(folder)
+    digest = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
+    replace(meta, files=meta.files | {"state.pt": digest}).write(folder)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_layer_and_keeps_the_checkpoints(

@@ -132,7 +132,7 @@ class TestOnAHeadNode:
             "of this checkout, though the upload has no .git"
         )
         logged = [row["step"] for part in folders(folder) for row in history(inspect(part))]
-        assert logged == list(range(1, steps + 1)), "on W&B every row once, though Ray ends W&B's process too"
+        assert logged == list(range(1, steps + 1)), f"on W&B every row once, though Ray ends its process too\n{done.stdout}"
 
         assert SECRET not in done.stdout
         with urllib.request.urlopen(f"{head.address}/api/jobs/long-2", timeout=5) as reply:
