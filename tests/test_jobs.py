@@ -131,8 +131,6 @@ class TestOnAHeadNode:
         assert (facts["world_size"], facts["commit"]) == (2, commit()), (
             "of this checkout, though the upload has no .git"
         )
-        if f"W&B does not hold all of {folder}" in done.stdout:  # seen once, in a suite that wanted four cores of two
-            assert head.call([sys.executable, str(ROOT / "scripts/wandb_replay.py"), str(folder)], ROOT).returncode == 0
         logged = [row["step"] for part in folders(folder) for row in history(inspect(part))]
         assert logged == list(range(1, steps + 1)), (
             f"on W&B every row once, though Ray ends its process too\n{done.stdout}"
