@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgm_dist import checkpoint, diagnosis
 from lgm_dist.cli import RunFailed
+from lgm_dist.collectives import SharedMemory, make_all_reduce
 from lgm_dist.config import SPLITS, Config
 from lgm_dist.data import EpisodeBatch, open_bank, sample_episodes
 from lgm_dist.data.device import DeviceSampler
@@ -177,7 +178,18 @@ def data_parallel(model: LGMNet, worker: Worker) -> nn.Module:
     """The network with its gradients averaged over the workers, if there are several."""
     if worker.world_size == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # the buffers are the normalisation's averages, which are equal on all workers by themselves
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    if isinstance(worker.all_reduce, SharedMemory):
+        # torch refuses a hook whose annotations are strings, as they are here
+        parallel.register_comm_hook(worker, lambda worker, bucket: _mean(worker, bucket.buffer()))
+    return parallel
+
+
+def _mean(worker: Worker, gradients: Tensor) -> torch.futures.Future[Tensor]:
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(worker.sum(gradients).div_(worker.world_size))
+    return future
 
 
 def _peak_memory(worker: Worker) -> float:
@@ -288,7 +300,8 @@ def _ray_worker(values: dict[str, Any]) -> str | None:
     keep_freed_memory()
     torch.set_num_threads(job.threads)  # Ray starts workers with OMP_NUM_THREADS=1
     world_size, device = context.get_world_size(), str(ray.train.torch.get_device())
-    worker = Worker(context.get_world_rank(), world_size, device, all_reduce if world_size > 1 else None)
+    rank = context.get_world_rank()
+    worker = Worker(rank, world_size, device, make_all_reduce(rank, world_size, device) if world_size > 1 else None)
     try:
         train_fn(job, worker, _report)
     except NotFinite as error:  # which would come again
@@ -296,11 +309,6 @@ def _ray_worker(values: dict[str, Any]) -> str | None:
     finally:
         faulthandler.cancel_dump_traceback_later()
     return None
-
-
-def all_reduce(x: Tensor) -> None:
-    """Sums `x` over the workers of the process group, in place."""
-    torch.distributed.all_reduce(x)
 
 
 def _report(_: int, metrics: dict[str, float], folder: Path | None) -> None:

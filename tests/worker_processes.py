@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.nn.parallel import DistributedDataParallel
 
+from lgm_dist.collectives import make_all_reduce
 from lgm_dist.config import Config
 from lgm_dist.data import open_bank, sample_episodes
 from lgm_dist.engine import Worker, make_optimizer, train_step
-from lgm_dist.ray_train import all_reduce, build_model
+from lgm_dist.ray_train import build_model, data_parallel
 
 _PATIENCE = 120  # seconds until a run of processes counts as hung
 
@@ -56,7 +56,8 @@ def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any],
         world_size=world_size,
         timeout=timedelta(seconds=_PATIENCE / 2),
     )
-    torch.save(work(Worker(rank, world_size, "cpu", all_reduce), *arguments), folder / f"{rank}.pt")
+    worker = Worker(rank, world_size, "cpu", make_all_reduce(rank, world_size, "cpu"))
+    torch.save(work(worker, *arguments), folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -64,7 +65,7 @@ def train(worker: Worker, config: Config, dtype: torch.dtype, steps: int) -> tup
     """The steps of lgm_dist.ray_train.train_fn in `dtype`: the meta-batch's loss at each, and the model's state after."""
     bank = open_bank(config.data, "train", config.cache)
     model = build_model(config, worker).to(dtype).train()
-    parallel = DistributedDataParallel(model) if worker.world_size > 1 else model
+    parallel = data_parallel(model, worker)
     optimizer, losses = make_optimizer(model, config), []
     for step in range(steps):
         first, count = worker.slice_of(step * config.meta_batch, config.meta_batch)

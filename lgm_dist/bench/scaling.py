@@ -18,10 +18,12 @@ import torch
 
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.bench.steps import ROOT, Steps, batch_of
+from lgm_dist.collectives import all_reduce, make_all_reduce
 from lgm_dist.config import Config
 from lgm_dist.engine import Worker, make_optimizer, train_step
 from lgm_dist.memory import keep_freed_memory, peak_memory
-from lgm_dist.ray_train import all_reduce, build_model, data_parallel
+from lgm_dist.model import AllReduce
+from lgm_dist.ray_train import build_model, data_parallel
 
 META_BATCH, STEPS = 32, 12
 GRADIENTS = 2_661_376 * 4
@@ -50,7 +52,8 @@ def scaling(rounds: int) -> Section:
         rows.append((name, seconds.each(lambda s: META_BATCH / s).text(), faster))
     note = (
         "One thread a process, 5-way 1-shot, one query an episode, global meta-batch 32, float32, normalisation over the "
-        f"global meta-batch, gloo on loopback; median [smallest, largest] of {rounds} rounds in turn, each of {STEPS} steps."
+        f"global meta-batch, sums through shared memory; median [smallest, largest] of {rounds} rounds in turn, each of "
+        f"{STEPS} steps."
     )
     header = ("workers", "episodes/s", "faster by")
     return Section("scaling", "scripts/bench.py scaling", header, rows, note, {"seconds": plain(found)})
@@ -129,8 +132,11 @@ def _worker(store: str, world_size: int, rank: int, *words: str) -> dict[str, fl
     together = world_size > 1 and "apart" not in words
     if together:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", world_size=world_size, rank=rank)
-    worker = Worker(rank, world_size, all_reduce=_counted(told)) if together else Worker()
-    model.reduce_over(worker.all_reduce)
+    worker = Worker()
+    if together:
+        sums = make_all_reduce(rank, world_size, "cpu")
+        worker = Worker(rank, world_size, all_reduce=sums)
+        model.reduce_over(_counted(sums, told))
     parallel = data_parallel(model, worker).train()
     optimizer = make_optimizer(model, config)
     taken = []
@@ -140,23 +146,24 @@ def _worker(store: str, world_size: int, rank: int, *words: str) -> dict[str, fl
     found = {"seconds": Spread(tuple(taken[3:])).median, "collectives": len(told), "bytes": sum(told)}
     found["peak_bytes"] = peak_memory()
     if together:
-        found |= {f"all_reduce {size}": _all_reduce_seconds(size) for size in SIZES}
+        found |= {f"all_reduce {size}": _all_reduce_seconds(all_reduce, size) for size in SIZES}
+        found |= {f"shared {size}": _all_reduce_seconds(sums, size) for size in SIZES}
         torch.distributed.destroy_process_group()
     return found
 
 
-def _counted(told: list[int]) -> Callable[[torch.Tensor], None]:
+def _counted(sums: AllReduce, told: list[int]) -> AllReduce:
     def reduce(x: torch.Tensor) -> None:
         told.append(x.nbytes)
-        all_reduce(x)
+        sums(x)
 
     return reduce
 
 
-def _all_reduce_seconds(size: int) -> float:
+def _all_reduce_seconds(reduce: AllReduce, size: int) -> float:
     """Median seconds of an all-reduce of so many bytes."""
     x = torch.zeros(size // 4)
-    return Spread(tuple(_timed(lambda: all_reduce(x)) for _ in range(30))).median
+    return Spread(tuple(_timed(lambda: reduce(x)) for _ in range(30))).median
 
 
 def _timed(work: Callable[[], object]) -> float:
