@@ -18,7 +18,7 @@ import torch
 from lgm_dist import checkpoint
 from lgm_dist.cli import RunFailed, table
 from lgm_dist.metrics import METRICS, read_metrics
-from lgm_dist.tracking import held_steps
+from lgm_dist.wandb_process import held_steps
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = ("seconds", "speed/", "memory/")

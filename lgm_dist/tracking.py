@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
-import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +38,11 @@ from lgm_dist.panels import (
     wait,
 )
 from lgm_dist.sweeps import SWEEP, TRIAL
+from lgm_dist.wandb_process import forget_service, held_steps, leave_service, wandb_mode
 
 POLL_SECONDS = 1.0
+TRIES = 3
+"""How often in a row something is tried that W&B fails at."""
 
 
 class Mirror:
@@ -57,14 +59,11 @@ class Mirror:
         self._run, self._config, self._group, self._job_type = run, config, group, job_type
         self._mode = wandb_mode(config)
         self._wandb: Any = None
-        self._held: set[int] = set()  # steps of the rows that W&B holds
+        self._held: set[int] | None = None  # steps of the rows that W&B holds, once they are known
         self._done = self._last = 0  # its DONE, and the row that was logged last
         self._facts: dict[str, Any] = {}
         self._tail = Tail(run)
-        self._service, self._revived = (
-            "",
-            -1,
-        )  # W&B's own process, and how many rows had been logged when it was replaced
+        self._service = ""  # W&B's own process
         self._stop = threading.Event()
         self._lock = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -90,36 +89,42 @@ class Mirror:
             self._guard(lambda: self._send(self._tail.rows()))
 
     def _begin(self) -> None:
-        wandb_id = _wandb_id(self._run)
+        _wandb_id(self._run)
         self._lock.enter_context(_locked(self._run))
-        if self._mode == "offline":
-            self._recall(wandb_id)
-
-    def _recall(self, wandb_id: str) -> None:
-        steps, self._done = held_steps(self._run, wandb_id)
-        self._held = set(steps)
 
     def _send(self, rows: list[dict[str, Any]]) -> None:
         """Logs the rows that W&B does not hold; rows come again where a worker went back to a checkpoint."""
-        if any(row["step"] not in self._held for row in rows):
-            self._open()
+        held = self._recall()
+        if any(row["step"] not in held for row in rows):
+            held = self._open()
         for row in rows:
-            if row["step"] not in self._held:
+            if row["step"] not in held:
                 self._wandb.log(row, step=row["step"])  # kept back until the next: the panels join the last one
                 self._last = row["step"]
-                self._held.add(self._last)
+                held.add(self._last)
                 self.logged += 1
         self._send_facts()
 
-    def _open(self) -> None:
-        """Starts the W&B run or takes it up again; online, W&B says what it holds."""
+    def _recall(self) -> set[int]:
+        """The steps that W&B holds, of which it says nothing offline: there they are read from its files."""
+        if self._held is None:
+            steps: list[int] = []
+            if self._mode == "offline":
+                steps, self._done = held_steps(self._run, _wandb_id(self._run))
+            self._held = set(steps)
+        return self._held
+
+    def _open(self) -> set[int]:
+        """Starts the W&B run or takes it up again; online, W&B says what it holds. Returns the steps that it holds."""
+        held = self._recall()
         if self._wandb is None:
             self._facts = read_json(self._run / FACTS)
             config = self._config.to_dict() | self._facts
             self._wandb = _init(self._run, self._config, config, self._group, self._job_type, resume="allow")
             self._service = os.environ.get("WANDB_SERVICE", "")
-            self._held.update(range(self._wandb.starting_step))
+            held.update(range(self._wandb.starting_step))
             self._done = self._done or int(self._wandb.summary.get(DONE) or 0)
+        return held
 
     def _send_facts(self) -> None:
         """Rank 0 writes them anew at each start of the workers."""
@@ -164,34 +169,35 @@ class Mirror:
         self._wandb.summary.update(summary(result))
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Does `work`, again where W&B's own process has ended; where W&B fails, says so once and leaves it at that."""
+        """Does `work`, anew where W&B fails; where it fails again and again, says so once and leaves it at that."""
         if self.failure:
             return
-        try:
-            work()
-        except Exception as error:  # of a dozen kinds, and none may end a training
-            ended = isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError"
-            if ended and self.logged > self._revived:
-                self._guard(self._revive)
-                self._guard(work)
+        failure = ""
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(POLL_SECONDS)
+            try:
+                work()
+            except Exception as error:  # of a dozen kinds, and none may end a training
+                failure = _sentence(error)
+                self._renew(isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError")
+                if isinstance(error, TimeoutError):  # after UPLOAD_SECONDS
+                    break
+            else:
                 return
-            self.failure = _sentence(error)
-            sys.stderr.write(
-                f"W&B does not hold all of {self._run} ({self.failure}); metrics.jsonl does, and "
-                f"`python scripts/wandb_replay.py {self._run}` sends the rest\n"
-            )
-            with contextlib.suppress(Exception):
-                self._wandb.finish(exit_code=1)
-            if ended:
-                _forget_service(self._service)
+        self.failure = failure
+        sys.stderr.write(
+            f"W&B does not hold all of {self._run} ({self.failure}); metrics.jsonl does, and "
+            f"`python scripts/wandb_replay.py {self._run}` sends the rest\n"
+        )
 
-    def _revive(self) -> None:
-        """Goes on with a new process of W&B's, which sends again what the old one has lost."""
-        self._revived = self.logged
-        _forget_service(self._service)
-        self._wandb, self._tail, self._held, self._done, self._last = None, Tail(self._run), set(), 0, 0
-        if self._mode == "offline":
-            self._recall(_wandb_id(self._run))
+    def _renew(self, ended: bool) -> None:
+        """Leaves the W&B run, and its process where that has `ended`: the next try starts anew and sends all that is lost."""
+        with contextlib.suppress(Exception):
+            self._wandb.finish(exit_code=1)
+        if ended:
+            forget_service(self._service)
+        self._wandb, self._tail, self._held, self._done, self._last = None, Tail(self._run), None, 0, 0
 
 
 def replay(run: Path, config: Config) -> tuple[int, int] | None:
@@ -228,18 +234,6 @@ def log_evaluation(config: Config, checkpoint: Path, data: str, results: list[di
         sys.stderr.write(f"W&B does not hold this evaluation ({_sentence(error)}); the JSON file does\n")
 
 
-def wandb_mode(config: Config) -> str:
-    """online, offline or disabled: WANDB_MODE, else what the configuration says, where auto asks for an account."""
-    if os.environ.get("WANDB_MODE") and config.wandb == "auto":
-        return os.environ["WANDB_MODE"]
-    if config.wandb != "auto":
-        return config.wandb
-    from wandb.sdk.lib import wbauth
-
-    host = wbauth.HostUrl(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    return "online" if os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=host) else "offline"
-
-
 def _log_evaluation(run: Path, config: Config, checkpoint: Path, data: str, results: list[dict[str, Any]]) -> None:
     group = place(run)[0] or config.run_name
     values = config.to_dict() | read_json(run / FACTS)
@@ -252,9 +246,10 @@ def _log_evaluation(run: Path, config: Config, checkpoint: Path, data: str, resu
 
 
 def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_type: str, **more: Any) -> Any:
-    _leave_service()
+    leave_service()
     import wandb
 
+    wandb.setup(wandb.Settings(silent=True))  # its lines on standard error know nothing of a run's own settings
     tracked = wandb.init(
         **{"id": _wandb_id(run), **more},
         project=os.environ.get("WANDB_PROJECT", "lgm_dist"),
@@ -276,26 +271,6 @@ def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_typ
     return tracked
 
 
-def _forget_service(service: str) -> None:
-    """W&B's service is gone, as after `ray job stop`, which ends it too: else W&B fails once more at exit, with a traceback.
-
-    Another run of this process may have replaced it already.
-    """
-    import wandb
-
-    if os.environ.get("WANDB_SERVICE", service) == service:
-        with contextlib.suppress(Exception):
-            wandb.teardown()
-        os.environ.pop("WANDB_SERVICE", None)
-
-
-def _leave_service() -> None:
-    """Forgets the W&B service of a parent process, which would outlive this one and keep its runs' ids in use after a kill."""
-    owner = os.environ.get("WANDB_SERVICE", "").split("-")[1:2]  # version-pid-kind-place
-    if owner != [str(os.getpid())]:
-        os.environ.pop("WANDB_SERVICE", None)
-
-
 def _wandb_id(run: Path) -> str:
     """The run's W&B id, drawn at its first start: a run that is resumed goes on as the same one."""
     path = run / "wandb-id"
@@ -315,22 +290,6 @@ def _locked(run: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
-
-
-def held_steps(run: Path, wandb_id: str) -> tuple[list[int], int]:
-    """The rows' steps in the offline files of earlier starts, and DONE. A killed process left its file without its tail, or
-    none."""
-    steps: list[int] = []
-    done = 0
-    for file in sorted(run.glob(f"wandb/offline-run-*-{wandb_id}/*.wandb")):
-        inspect = [sys.executable, "-P", "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.splitlines()
-        for record in map(json.loads, lines):
-            if record["type"] == "history":
-                steps.append(record["history"]["step"]["num"])
-            elif record["type"] == "summary":
-                done = int(record["summary"].get("update", {}).get(DONE, done))
-    return steps, done
 
 
 def _sentence(error: Exception) -> str:

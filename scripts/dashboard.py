@@ -24,7 +24,7 @@ from lgm_dist.config import Config
 from lgm_dist.report import compare, speed, tables, write_report
 from lgm_dist.report.records import Record, SweepRecord, gather
 from lgm_dist.report.write import PICTURES
-from lgm_dist.tracking import wandb_mode
+from lgm_dist.wandb_process import wandb_mode
 
 WORKSPACE, REPORT = "workspace.json", "wandb-report.json"
 BEST = wr.SummaryMetric("val/accuracy.max")

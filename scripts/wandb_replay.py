@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
     """Parses, replays and prints a line a run."""
     flags = tyro.cli(Flags, args=argv)
     from lgm_dist.job import read_config
-    from lgm_dist.tracking import replay, wandb_mode
+    from lgm_dist.tracking import replay
+    from lgm_dist.wandb_process import wandb_mode
 
     if wandb_mode(Config(wandb=flags.wandb)) == "disabled":
         raise ValueError("WANDB_MODE (disabled) leaves nowhere to send to; give --wandb online or --wandb offline")

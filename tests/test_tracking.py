@@ -22,7 +22,8 @@ from offline_runs import Records, folders, history, inspect, merged, of_type
 from lgm_dist import tracking
 from lgm_dist.config import Config
 from lgm_dist.metrics import MetricsLog, read_metrics
-from lgm_dist.tracking import Mirror, log_evaluation, wandb_mode
+from lgm_dist.tracking import Mirror, log_evaluation
+from lgm_dist.wandb_process import wandb_mode
 
 SILENT = Config(wandb="disabled")
 OFFLINE = Config(wandb="offline", name="a-run", ways=7)
@@ -479,6 +480,30 @@ def test_a_run_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert mended(tmp_path, 5)
 
 
+def test_a_start_of_wandb_that_fails_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a busy machine, where its own process did not answer in time, twice."""
+    import wandb
+
+    real, calls = wandb.init, []
+
+    def init(**more: Any) -> Any:
+        calls.append(more["id"])
+        if len(calls) in (1, 2):
+            raise wandb.Error("Failed to read port info after 30.0 seconds")
+        return real(**more)
+
+    monkeypatch.setattr(wandb, "init", init)
+    with Mirror(tmp_path, OFFLINE) as mirror:
+        write_all(tmp_path, 3)
+        until(lambda: mirror.logged == 3)
+    assert mirror.failure == ""
+    assert len(calls) == 3
+    assert steps(tmp_path) == [1, 2, 3]
+    assert capfd.readouterr() == ("", "")
+
+
 SERVICE_ENDS = """
 import os, signal, sys, time
 from pathlib import Path
@@ -508,7 +533,7 @@ def test_wandbs_own_process_is_replaced_where_it_ended_and_no_row_is_lost(tmp_pa
         [sys.executable, "-c", SERVICE_ENDS, str(tmp_path), "start"], capture_output=True, text=True, cwd=ROOT
     )
     assert (done.returncode, done.stdout) == (0, "the run goes on\n")
-    assert done.stderr in ("", "wandb: ERROR Problem finishing run\n"), "its own word, where it ended just then"
+    assert done.stderr == ""
     assert steps(tmp_path) == list(range(1, 31))
     assert len({path.name[-12:] for path in folders(tmp_path)}) == 1
 
