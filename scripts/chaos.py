@@ -113,12 +113,12 @@ def _losses(run: Path, alone: Path) -> tuple[int, str]:
     return missing, f"{len(ours)} losses differ by at most {difference:.1e}"
 
 
-def storage(folder: Path, _: argparse.Namespace) -> list[Outcome]:
+def storage(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
     """Full, unwritable, away for half a minute, and gone: a training that waits, or ends in a sentence and is begun again.
 
     Needs root, for a small disk of its own."""
-    flags = ("--workers=0", "--steps-per-epoch=600", "--eval-every=50", "--wandb=disabled")
-    alone = Training(folder, "alone-in-one-process", *flags)
+    words = (f"--workers={flags.workers}", "--steps-per-epoch=600", "--eval-every=50", "--wandb=disabled")
+    alone = Training(folder, "undisturbed", *words)
     alone.wait()
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def storage(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     ]
     try:
         return [
-            _storage_fault(folder, disk / "runs", alone, flags, number, fault) for number, fault in enumerate(faults)
+            _storage_fault(folder, disk / "runs", alone, words, number, fault) for number, fault in enumerate(faults)
         ]
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -209,7 +209,8 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     changes: list[tuple[str, Callable[[], Any], int]] = [
         ("node added", lambda: cluster.add_node(**node), 2),
         ("second node added", lambda: cluster.add_node(**node), 3),
-        ("node removed hard", lambda: cluster.remove_node(next(iter(cluster.worker_nodes)), False), 2),
+        ("third node added", lambda: cluster.add_node(**node), 4),
+        ("node removed hard", lambda: cluster.remove_node(next(iter(cluster.worker_nodes)), False), 3),
     ]
     try:
         training.until(lambda: training.step() >= 100)
@@ -230,7 +231,7 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     alone = Training(folder, "not-elastic", *flags, "--workers=0", f"--steps-per-epoch={steps}")
     alone.wait()
     rows, note = _losses(training.run, alone.run)
-    return [*outcomes, Outcome("all of these in one training", 3, 3, rows=rows, note=note)]
+    return [*outcomes, Outcome("all of these in one training", len(changes), len(changes), rows=rows, note=note)]
 
 
 def finite(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
@@ -320,8 +321,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"], metavar="part", help=", ".join([*PARTS, "all"]))
     parser.add_argument("--kills", type=int, default=4, help="times of each fault (%(default)s)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="of the part kills (all)")
-    parser.add_argument("--workers", type=int, default=2, help="of the part kills (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2400, help="of each training (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="of each training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2400, help="of the part kills (%(default)s)")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
     parser.add_argument("--hang-seconds", type=int, default=10, help="as of scripts/train.py (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the times and the victims (%(default)s)")
