@@ -42,8 +42,8 @@ def train(data: str, data_root: str, rounds: int) -> Section:
         rows.append((how, f"{spreads[f'first {workers}'].text()} s", f"{limit} s", f"{share.text()} %", "5 %"))
     header = ("trained in", "from command to first step", "target: under", "not the model, after it", "target: under")
     note = (
-        f"5-way 1-shot, one query a class, meta-batch 32, {STEPS} steps without an evaluation, those after the first {STARTING} counted, warm "
-        f"caches, W&B offline; median [smallest, largest] of {rounds} rounds in turn."
+        f"5-way 1-shot, one query a class, meta-batch 32, {STEPS} steps without an evaluation, of which the first {STARTING} "
+        f"do not count, warm caches, W&B offline; median [smallest, largest] of {rounds} rounds in turn."
     )
     return Section("train", "scripts/bench.py train", header, rows, note, {"seconds": plain(spreads)})
 
@@ -51,22 +51,9 @@ def train(data: str, data_root: str, rounds: int) -> Section:
 def _run(data: str, data_root: str, workers: int) -> tuple[float, float]:
     """Seconds from the command to its first step, and the mean of those of the steps after STARTING."""
     with tempfile.TemporaryDirectory() as storage:
-        flags = [
-            "--data",
-            data,
-            "--data-root",
-            data_root,
-            "--workers",
-            str(workers),
-            "--storage",
-            storage,
-            "--name",
-            "bench",
-            "--epochs",
-            "1",
-        ]
-        flags += ["--steps-per-epoch", str(STEPS), "--eval-every", str(STEPS), "--eval-episodes", "2"]
-        flags += ["--test-episodes", "0", "--wandb", "offline", "--eval-query", "1"]
+        flags = [f"--data={data}", f"--data-root={data_root}", f"--workers={workers}", f"--storage={storage}"]
+        flags += ["--name=bench", "--epochs=1", f"--steps-per-epoch={STEPS}", f"--eval-every={STEPS}"]
+        flags += ["--eval-episodes=2", "--eval-query=1", "--test-episodes=0", "--wandb=offline"]
         run, start = Path(storage) / "bench", time.time()
         command = [sys.executable, str(ROOT / "scripts/train.py"), *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
