@@ -38,7 +38,7 @@ from lgm_dist.panels import (
     wait,
 )
 from lgm_dist.sweeps import SWEEP, TRIAL
-from lgm_dist.wandb_process import forget_service, held_steps, leave_service, wandb_mode
+from lgm_dist.wandb_process import forget_service, held_steps, leave_service, service_ended, wandb_mode
 
 POLL_SECONDS = 1.0
 TRIES = 3
@@ -120,8 +120,10 @@ class Mirror:
         if self._wandb is None:
             self._facts = read_json(self._run / FACTS)
             config = self._config.to_dict() | self._facts
-            self._wandb = _init(self._run, self._config, config, self._group, self._job_type, resume="allow")
-            self._service = os.environ.get("WANDB_SERVICE", "")
+            try:
+                self._wandb = _init(self._run, self._config, config, self._group, self._job_type, resume="allow")
+            finally:
+                self._service = os.environ.get("WANDB_SERVICE", "")
             held.update(range(self._wandb.starting_step))
             self._done = self._done or int(self._wandb.summary.get(DONE) or 0)
         return held
@@ -180,7 +182,7 @@ class Mirror:
                 work()
             except Exception as error:  # of a dozen kinds, and none may end a training
                 failure = _sentence(error)
-                self._renew(isinstance(error, ConnectionError) or type(error).__name__ == "HandleAbandonedError")
+                self._renew(attempt > 0 or service_ended(error))
                 if isinstance(error, TimeoutError):  # after UPLOAD_SECONDS
                     break
             else:
@@ -192,7 +194,7 @@ class Mirror:
         )
 
     def _renew(self, ended: bool) -> None:
-        """Leaves the W&B run, and its process where that has `ended`: the next try starts anew and sends all that is lost."""
+        """Leaves the W&B run, and its process if that may have `ended`: the next try starts anew and sends all that is lost."""
         with contextlib.suppress(Exception):
             self._wandb.finish(exit_code=1)
         if ended:

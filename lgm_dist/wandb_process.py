@@ -41,6 +41,12 @@ def held_steps(run: Path, wandb_id: str) -> tuple[list[int], int]:
     return steps, done
 
 
+def service_ended(error: Exception) -> bool:
+    """Whether an exception says that W&B's process is gone; its own kinds of exception are not public."""
+    kinds = ("HandleAbandonedError", "MailboxClosedError", "WandbServiceConnectionError")
+    return isinstance(error, ConnectionError) or type(error).__name__ in kinds
+
+
 def forget_service(service: str) -> None:
     """W&B's service is gone, as after `ray job stop`, which ends it too: else W&B fails once more at exit, with a traceback.
 
@@ -49,7 +55,7 @@ def forget_service(service: str) -> None:
     import wandb
 
     if os.environ.get("WANDB_SERVICE", service) == service:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):  # it would exit with the status of the process that was killed
             wandb.teardown()
         os.environ.pop("WANDB_SERVICE", None)
 
