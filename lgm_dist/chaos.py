@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class Outcome:
 class Training:
     """A scripts/train.py of its own, begun again by the same command when it has been killed."""
 
+    _started: ClassVar[list[subprocess.Popen[bytes]]] = []
+
     def __init__(
         self, folder: Path, name: str, *flags: str, storage: Path | None = None, code: str = "", **environment: str
     ) -> None:
@@ -66,6 +68,14 @@ class Training:
         """Runs the command, its output at the end of the log."""
         with self._log.open("a") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
+        self._started.append(self.process)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Kills those that still run."""
+        for process in cls._started:
+            if process.poll() is None:
+                process.kill()
 
     def step(self) -> int:
         """Steps in metrics.jsonl so far."""

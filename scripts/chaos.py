@@ -54,7 +54,6 @@ def kills(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
     for number, fault in enumerate(plan, 1):
         point = flags.steps * (number - chance.random()) / (len(plan) + 1)
         training.until(lambda point=point: training.step() >= point)  # type: ignore[misc]
-        training.until(lambda fault=fault: bool(training.victims(fault)))  # type: ignore[misc]
         time.sleep(chance.random())
         seconds = _hit(training, fault, chance)
         outcomes[fault].tried += 1
@@ -71,7 +70,11 @@ def kills(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
 
 def _hit(training: Training, fault: str, chance: random.Random) -> float:
     """Does it; the seconds until the training is past the step that it had reached, for W&B until its process is back."""
-    pid, start = chance.choice(training.victims(fault)), time.monotonic()
+    victims: list[int] = []
+    while not victims:
+        training.until(lambda: bool(training.victims(fault)))
+        victims = training.victims(fault)
+    pid, start = chance.choice(victims), time.monotonic()
     past = past_this_step(training)
     os.kill(pid, signal.SIGSTOP if fault == "stopped worker" else signal.SIGKILL)
     if fault == "driver":
@@ -113,12 +116,12 @@ def _losses(run: Path, alone: Path) -> tuple[int, str]:
     return missing, f"{len(ours)} losses differ by at most {difference:.1e}"
 
 
-def storage(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
+def storage(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     """Full, unwritable, away for half a minute, and gone: a training that waits, or ends in a sentence and is begun again.
 
     Needs root, for a small disk of its own."""
-    words = (f"--workers={flags.workers}", "--steps-per-epoch=600", "--eval-every=50", "--wandb=disabled")
-    alone = Training(folder, "undisturbed", *words)
+    flags = ("--workers=0", "--steps-per-epoch=600", "--eval-every=50", "--wandb=disabled")
+    alone = Training(folder, "alone-in-one-process", *flags)
     alone.wait()
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
@@ -145,7 +148,7 @@ def storage(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
     ]
     try:
         return [
-            _storage_fault(folder, disk / "runs", alone, words, number, fault) for number, fault in enumerate(faults)
+            _storage_fault(folder, disk / "runs", alone, flags, number, fault) for number, fault in enumerate(faults)
         ]
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -310,7 +313,10 @@ def main(argv: list[str]) -> None:
         folder = (flags.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         names = list(PARTS) if "all" in flags.parts else flags.parts
-        outcomes = [outcome for name in names for outcome in PARTS[name](folder, flags)]
+        try:
+            outcomes = [outcome for name in names for outcome in PARTS[name](folder, flags)]
+        finally:
+            Training.end_all()  # one that was lost may still run
     sys.stdout.write(markdown(outcomes))
     if flags.json:
         flags.json.write_text(json.dumps(facts | {"outcomes": [asdict(o) for o in outcomes]}, indent=1) + "\n")
@@ -321,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"], metavar="part", help=", ".join([*PARTS, "all"]))
     parser.add_argument("--kills", type=int, default=4, help="times of each fault (%(default)s)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="of the part kills (all)")
-    parser.add_argument("--workers", type=int, default=2, help="of each training (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="of kills, finite and memory (%(default)s)")
     parser.add_argument("--steps", type=int, default=2400, help="of the part kills (%(default)s)")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
     parser.add_argument("--hang-seconds", type=int, default=10, help="as of scripts/train.py (%(default)s)")
