@@ -42,7 +42,7 @@ def make_all_reduce(rank: int, world_size: int, device: str) -> AllReduce:
         os.pwrite(own, place[0][1], 0)
     torch.distributed.broadcast_object_list(place)
     memory = _open(*place[0], size)
-    found = torch.tensor([float(memory is not None)])
+    found = torch.tensor([float(memory is not None)])  # (1,)
     all_reduce(found)  # after which nobody needs the descriptor
     if own is not None:
         os.close(own)
@@ -65,7 +65,7 @@ class SharedMemory:
         self._pids = head[_LINE // 8 + 1 :: _LINE // 8]
         # two places for each worker: one is written while another worker may still read the other
         places = torch.frombuffer(memory, dtype=torch.uint8, offset=self._head(world_size))
-        self._places = places.view(2, world_size, _PIECE)
+        self._places = places.view(2, world_size, _PIECE)  # in bytes
         self._spin = _SPIN_SECONDS if len(os.sched_getaffinity(0)) >= world_size else 0.0
         self._pids[rank] = os.getpid()
 
@@ -79,15 +79,16 @@ class SharedMemory:
         return (1 + world_size) * _LINE
 
     def __call__(self, x: Tensor) -> None:
-        flat = x.detach().reshape(-1)  # a view of x where it is contiguous, as large ones are
+        flat = x.detach().reshape(-1)  # (x.numel(),), a view of x where it is contiguous, as large ones are
         for piece in flat.split(_PIECE // x.element_size()):
             self._sum(piece)
         if flat.data_ptr() != x.data_ptr():
             x.copy_(flat.view(x.shape))
 
     def _sum(self, x: Tensor) -> None:
+        """x (n,), of at most _PIECE bytes."""
         self._calls += 1
-        values = self._places[self._calls % 2, :, : x.nbytes].view(x.dtype)  # (W, x.numel())
+        values = self._places[self._calls % 2, :, : x.nbytes].view(x.dtype)  # (W, n)
         values[self._rank].copy_(x)
         self._reached[self._rank] = self._calls
         for rank in self._ranks:
