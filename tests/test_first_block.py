@@ -39,7 +39,7 @@ def plain(x: Tensor, conv: nn.Conv2d, norm: Norm) -> Tensor:
 
 
 @pytest.mark.parametrize("pixels", [1, 700, 10**6], ids="pieces of {} pixels".format)
-@pytest.mark.parametrize("size", [(8, 8), (7, 10), (21, 21)], ids=str)
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (21, 21), (1, 1), (2, 1)], ids=str)
 def test_values_gradients_and_averages_are_the_plain_ones(
     size: tuple[int, int], pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +58,28 @@ def test_values_gradients_and_averages_are_the_plain_ones(
         found.append([y.detach(), *grads, norm.running_mean, norm.running_var])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_pixels_numbered_beyond_sixteen_bits() -> None:
+    """182 x 181 pixels are more than 2^15: the last window's largest has to be found again in the backward pass."""
+    torch.manual_seed(2)
+    x, found = torch.randn(1, 3, 182, 181, dtype=torch.float64), []
+    for block in (first_block.first_block, plain):
+        conv, norm = layers()
+        block(x, conv, norm)[..., -1, -1].sum().backward()
+        found.append(conv.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 6, 5), (2, 1, 2, 3), (3, 2, 1, 1)], ids=str)
+def test_sums_over_patches_are_those_of_unfolded_images(shape: tuple[int, int, int, int]) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(shape)
+    patches = F.unfold(x.double(), 3, padding=1)  # (n, C * 9, H * W), channel before row and column
+    patches = patches.unflatten(1, (-1, 9)).transpose(1, 2).flatten(1, 2).transpose(0, 1).flatten(1)  # (P, n * H * W)
+    sums, products = first_block.patch_sums(x)
+    torch.testing.assert_close(sums, patches.sum(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(products, patches @ patches.T, rtol=1e-12, atol=1e-12)
 
 
 def test_equal_pixels_send_the_gradient_where_pooling_does() -> None:

@@ -1,12 +1,17 @@
 """The extractor's first block on a CPU, piece by piece: convolution, batch norm, ReLU and 2 x 2 max-pool.
 
 Its feature map before pooling is by far the largest of the network (256 KiB an image of 32 x 32 pixels), and passes over it
-wait for memory. Batch norm and ReLU never change which of four pixels is the largest where the norm's scale is positive, so
-the map is pooled before they are applied, a few images at a time while it lies in the cache, and never exists as a whole:
-what is kept is a quarter of it, and the backward pass computes it anew. Where a scale is negative the channel's filter is
-negated first. Values and gradients are those of the plain operations up to rounding.
+wait for memory. It is made once, a few images at a time while it lies in the cache, and never exists as a whole:
 
-Shapes: n images, C channels, F filters, H x W pixels, h x w = ceil(H / 2) x ceil(W / 2).
+- Batch norm and ReLU never change which of four pixels is the largest where the norm's scale is positive, so the map is
+  pooled before they are applied. Where a scale is negative the channel's filter is negated first.
+- A value of the map is linear in the 3 x 3 patch of the image that it looks at. Its mean and variance over all images, and
+  the part of the gradient that goes through them, follow from sums over the patches, which know nothing of the filters and
+  are 27 x 27 numbers for an image of three channels.
+
+Values and gradients are those of the plain operations up to rounding.
+
+Shapes: n images, C channels, F filters, H x W pixels, h x w = ceil(H / 2) x ceil(W / 2), P = 9 C values of a patch.
 """
 
 from __future__ import annotations
@@ -18,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lgm_dist.model.norm import Norm, affine, moments, union
+from lgm_dist.model.norm import Norm
 
-PIXELS_AT_ONCE = 16 * 1024
-"""In a piece: of 64 filters, 4 MiB of feature map."""
+PIXELS_AT_ONCE = 8 * 1024
+"""In a piece: of 64 filters, 2 MiB of feature map."""
 
 
 def first_block(x: Tensor, conv: nn.Conv2d, norm: Norm) -> Tensor:
@@ -31,6 +36,42 @@ def first_block(x: Tensor, conv: nn.Conv2d, norm: Norm) -> Tensor:
     weight, bias = conv.weight * sign[:, None, None, None], conv.bias * sign
     out: Tensor = _FirstBlock.apply(x, weight, bias, norm.weight * sign, norm.bias, sign, norm)
     return out
+
+
+def patch_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, C, H, W) -> sums over all n * H * W zero-padded 3 x 3 patches p: of p (P,) and of p p^T (P, P), in float64.
+
+    A patch has the order (row, column, channel). Its rows are three rows of the padded image, so that all products of two
+    of its rows are those of image rows 0, 1 or 2 apart; only at the edges does one not belong.
+    """
+    n, channels, height, width = x.shape
+    padded = x.new_zeros(n, 3, channels, height + 2, width, dtype=torch.float64)  # of each column of a patch
+    padded[:, 0, :, 1:-1, 1:] = x[..., :-1]
+    padded[:, 1, :, 1:-1] = x
+    padded[:, 2, :, 1:-1, :-1] = x[..., 1:]
+    lines = padded.flatten(3).flatten(1, 2)  # (n, 3 C, (H + 2) * W)
+
+    def apart(rows: int) -> Tensor:
+        upper, lower = lines[..., : lines.shape[2] - rows * width], lines[..., rows * width :]
+        return torch.bmm(upper, lower.transpose(1, 2)).sum(0)  # (3 C, 3 C)
+
+    def at(row: int) -> tuple[Tensor, Tensor]:
+        line = padded[:, :, :, row].flatten(1, 2).transpose(0, 1).flatten(1)  # (3 C, n * W)
+        return line.sum(1), line @ line.T  # (3 C,), (3 C, 3 C)
+
+    (top, top_products), (bottom, bottom_products), total = at(1), at(height), lines.sum((0, 2))
+    same, next_to, over_next = (apart(rows) for rows in range(3))
+    products = [
+        [same - bottom_products, next_to, over_next],
+        [next_to.T, same, next_to],
+        [over_next.T, next_to.T, same - top_products],
+    ]
+    return torch.cat([total - bottom, total, total - top]), torch.cat([torch.cat(row, 1) for row in products])
+
+
+def _as_rows(weight: Tensor) -> Tensor:
+    """Filters (F, C, 3, 3) -> (F, P) in float64, in the order of a patch."""
+    return weight.permute(0, 2, 3, 1).flatten(1).double()
 
 
 def _pieces(x: Tensor) -> Iterator[slice]:
@@ -45,41 +86,50 @@ class _FirstBlock(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, sign: Tensor, norm: Norm
     ) -> Tensor:
         n, height, width = len(x), -(-x.shape[2] // 2), -(-x.shape[3] // 2)
+        pixels = x.shape[2] * x.shape[3]
         pooled = x.new_empty(n, height, width, len(weight)).permute(0, 3, 1, 2)  # (n, F, h, w), channels last in memory
-        parts = []
+        largest = torch.empty_like(pooled, dtype=torch.int16 if pixels <= 2**15 else torch.int32)  # a pixel's number
         for piece in _pieces(x):
             y = F.conv2d(x[piece], weight, bias, padding=1)  # (m, F, H, W)
-            parts.append(moments(y))
-            pooled[piece] = F.max_pool2d(y, 2, ceil_mode=True)
-        mean, var, count = union(parts)
-        mean, var, count = norm.settle(mean * sign, var, count)
+            pooled[piece], largest[piece] = F.max_pool2d(y, 2, ceil_mode=True, return_indices=True)
+        count = float(n * pixels)
+        sums, products = patch_sums(x)  # (P,), (P, P)
+        filters, average = _as_rows(weight), sums / count  # (F, P), (P,)
+        covariance = products / count - torch.outer(average, average)  # (P, P)
+        var = ((filters @ covariance) * filters).sum(1).clamp_min(0)  # (F,)
+        mean, var, count = norm.settle((filters @ average + bias) * sign, var, count)
         mean, var = (mean * sign).to(x.dtype), var.to(x.dtype)
         out = F.batch_norm(pooled, mean, var, gamma, beta, eps=norm.epsilon).relu_()  # (n, F, h, w)
-        ctx.save_for_backward(x, weight, bias, gamma, pooled, out, mean, var)
+        ctx.save_for_backward(x, weight, bias, gamma, pooled, largest, out, mean, var, sums, products)
         ctx.norm, ctx.count = norm, count
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, gamma, pooled, out, mean, var = ctx.saved_tensors
+        x, weight, bias, gamma, pooled, largest, out, mean, var, sums, products = ctx.saved_tensors
         grad = torch.ops.aten.threshold_backward(grads[0], out, 0)  # (n, F, h, w)
         # In its evaluation mode the native kernel gives just the two sums needed: of grad * normalised map, and of grad.
         _, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
             grad, pooled, gamma, mean, var, None, None, False, ctx.norm.epsilon, [False, True, True]
         )
+        # The map's own gradient is scale * grad, where a pixel was the largest of its four, + slope * map + offset.
         scale, slope, offset = ctx.norm.input_gradient(gamma, grad_gamma, grad_beta, mean, var, ctx.count)
-        grad *= scale[:, None, None]
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        grad_weight = torch.zeros_like(weight)
         for piece in _pieces(x):
-            y = F.conv2d(x[piece], weight, bias, padding=1)  # (m, F, H, W)
-            largest = F.max_pool2d(y, 2, ceil_mode=True, return_indices=True)[1]  # (m, F, h, w)
+            shape = x.new_empty(len(x[piece]), *x.shape[2:], len(weight)).permute(0, 3, 1, 2)  # (m, F, H, W), not read
             grad_y = torch.ops.aten.max_pool2d_with_indices_backward(
-                grad[piece], y, [2, 2], [2, 2], [0, 0], [1, 1], True, largest
+                grad[piece], shape, [2, 2], [2, 2], [0, 0], [1, 1], True, largest[piece].long()
             )  # (m, F, H, W)
-            grad_y += affine(y, slope, offset)
-            _, grad_w, grad_b = torch.ops.aten.convolution_backward(
-                grad_y, x[piece], weight, [len(bias)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, True]
-            )
-            grad_weight += grad_w
-            grad_bias += grad_b
-        return None, grad_weight, grad_bias, grad_gamma, grad_beta, None, None
+            grad_weight += torch.ops.aten.convolution_backward(
+                grad_y, x[piece], weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+            )[1]
+        filters, slope, offset = _as_rows(weight), slope.double(), offset.double()
+        map_sums = filters @ sums + bias * (x.numel() // x.shape[1])  # (F,)
+        map_products = filters @ products + torch.outer(
+            bias.double(), sums
+        )  # (F, P), of the map's values and the patches
+        rest = slope[:, None] * map_products + torch.outer(offset, sums)  # (F, P)
+        grad_weight *= scale[:, None, None, None]
+        grad_weight += rest.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        grad_bias = scale * grad_beta + slope * map_sums + offset * (x.numel() // x.shape[1])  # (F,)
+        return None, grad_weight, grad_bias.to(bias.dtype), grad_gamma, grad_beta, None, None
