@@ -32,24 +32,20 @@ def flip_shift(images: Pixels, flip: npt.NDArray[np.bool_], dy: Index, dx: Index
     n, height, width, channels = images.shape
     reach = int(np.abs(dx).max(initial=0))
     wide = np.empty((n, height, width + 2 * reach, channels), np.uint8)
-    wide[:, :, reach : reach + width] = _mirrored(images, flip)
-    wide[:, :, :reach] = wide[:, :, reach, None]
-    wide[:, :, reach + width :] = wide[:, :, reach + width - 1, None]
-    # Row y of the answer is a window of a row of `wide`: one gather of whole windows does both shifts.
-    per_image, per_row, per_pixel, per_byte = wide.strides
-    shape = (n, height, 2 * reach + 1, width * channels)
-    windows = np.lib.stride_tricks.as_strided(wide, shape, (per_image, per_row, per_pixel, per_byte), writeable=False)
-    row = np.clip(np.arange(height) - dy[:, None], 0, height - 1)  # (n, H)
-    moved: Pixels = windows[np.arange(n)[:, None], row, reach - dx[:, None]]  # (n, H, W*C)
-    return moved.reshape(images.shape)
-
-
-def _mirrored(images: Pixels, flip: npt.NDArray[np.bool_]) -> Pixels:
+    middle = wide[:, :, reach : reach + width]
+    middle[...] = images
     index = np.flatnonzero(flip)
     chosen = torch.from_numpy(images[index]).permute(0, 3, 1, 2)  # (f, C, H, W), the layout torch flips fastest
-    images = images.copy()
-    images[index] = chosen.flip(3).permute(0, 2, 3, 1).numpy()  # (f, H, W, C)
-    return images
+    middle[index] = chosen.flip(3).permute(0, 2, 3, 1).numpy()  # (f, H, W, C)
+    wide[:, :, :reach] = middle[:, :, :1]
+    wide[:, :, reach + width :] = middle[:, :, -1:]
+    # Row y of the answer is a window of a row of `wide`: one gather of whole windows, each a single item, does both shifts.
+    window = np.dtype((np.void, width * channels))
+    windows = np.ndarray((n, height, 2 * reach + 1), window, wide, strides=wide.strides[:3])
+    row = np.clip(np.arange(height) - dy[:, None], 0, height - 1)  # (n, H)
+    moved = windows[np.arange(n)[:, None], row, reach - dx[:, None]]  # (n, H)
+    pixels: Pixels = moved.view(np.uint8).reshape(images.shape)
+    return pixels
 
 
 def rotate(images: Pixels, angle: Index) -> npt.NDArray[np.float32]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from lgm_dist.config import SPLITS, Split
 from lgm_dist.data.lock import exclusive
@@ -42,6 +46,13 @@ class ImageBank:
     def counts(self) -> npt.NDArray[np.int64]:
         """Images of each class, (classes,)."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The same memory as `images`, (n, H, W, C) uint8, for torch to read; writing to it would end the process."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(self.images)
 
 
 def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:

@@ -10,8 +10,7 @@ are query images i*Q + j of class i under protocol standard.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,16 +19,16 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import Config, Split
-from lgm_dist.data.augment import ANGLES, flip_shift, rotate
+from lgm_dist.data.augment import ANGLES, Index, Pixels, flip_shift, rotate
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.philox import Purpose, Words, below, choose, draws, normals
 
-Index = npt.NDArray[np.int64]
+Augmentation = Callable[[Pixels, slice], npt.NDArray[np.uint8] | npt.NDArray[np.float32]]
+"""Pixels of a slice of the images (m, H, W, C), and which slice it is -> the same, augmented, on the same scale."""
 
 _PAPER_MEAN, _PAPER_STD = 113.77, 70.1899  # the authors' data.py: one scalar each, for all channels
-_VALUES_AT_ONCE = 30_000
-"""Pixels normalised at a time: they stay in the cache between the passes, and torch starts no threads for so few, whose
-meeting after each pass takes longer than the pass where other processes want the cores."""
+_VALUES_AT_ONCE = 2**20
+"""Pixel values made ready at a time: they stay in the cache from the bank's bytes to the last step of the normalisation."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +175,11 @@ def sample_episodes(bank: ImageBank, config: Config, split: Split, start: int, c
 
     Raises ValueError as draw_rows does.
     """
-    pixels, rows = gather_episodes(bank, config, split, start, count)  # (B, S+T, H, W, C)
-    images = _normalised(_augmented(pixels.reshape(-1, *pixels.shape[2:]), rows, config), bank, config)
+    rows = draw_rows(bank, config, split, start, count)
+    every = np.concatenate([rows.support, rows.query], axis=1)  # (B, S+T)
+    images = _ready(bank, config, every.ravel(), _augmentation(rows, config))  # (B*(S+T), C, H, W)
     return EpisodeBatch(
-        images=images.unflatten(0, pixels.shape[:2]),  # (B, S+T, C, H, W)
+        images=images.unflatten(0, every.shape),  # (B, S+T, C, H, W)
         labels=torch.from_numpy(rows.labels),
         noise=draw_noise(config, split, start, count, 1)[0],
         shots=rows.support.shape[1],
@@ -198,7 +198,7 @@ def gather_episodes(
 
 def load_images(bank: ImageBank, config: Config, rows: Index) -> Tensor:
     """The images of the given rows (n,), normalised, never augmented: (n, C, H, W) float32, channels_last in memory."""
-    return _normalised(_gather(bank, rows), bank, config)
+    return _ready(bank, config, rows, lambda pixels, _: pixels)
 
 
 def draw_noise(config: Config, split: Split, start: int, count: int, draws: int) -> Tensor:
@@ -217,44 +217,33 @@ def to_pixels(images: Tensor, bank: ImageBank, config: Config) -> npt.NDArray[np
     return shown
 
 
-def _gather(bank: ImageBank, rows: Index) -> npt.NDArray[np.uint8]:
-    return np.take(np.asarray(bank.images), rows, axis=0)  # (n, H, W, C)
+def _gather(bank: ImageBank, rows: Index) -> Pixels:
+    return bank.tensor.index_select(0, torch.from_numpy(rows)).numpy()  # (n, H, W, C)
 
 
-def _augmented(
-    images: npt.NDArray[np.uint8], rows: EpisodeRows, config: Config
-) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
-    """What `rows` holds besides rows, done to the images (B*(S+T), H, W, C)."""
+def _augmentation(rows: EpisodeRows, config: Config) -> Augmentation:
+    """What `rows` holds besides rows, to be done to any slice of the images (B*(S+T), H, W, C)."""
     if rows.angles is not None:
         query = np.take_along_axis(rows.angles, rows.labels, axis=1)  # (B, T)
-        angle = np.concatenate([rows.angles.repeat(config.shot, axis=1), query], axis=1)  # (B, S+T)
-        return rotate(images, angle.ravel())
+        angle = np.concatenate([rows.angles.repeat(config.shot, axis=1), query], axis=1).ravel()  # (B*(S+T),)
+        return lambda pixels, piece: rotate(pixels, angle[piece])
     if rows.flips is not None and rows.shifts is not None:
-        return flip_shift(images, rows.flips.ravel(), rows.shifts[..., 0].ravel(), rows.shifts[..., 1].ravel())
-    return images
+        flip, (dy, dx) = rows.flips.ravel(), rows.shifts.reshape(-1, 2).T  # (B*(S+T),) each
+        return lambda pixels, piece: flip_shift(pixels, flip[piece], dy[piece], dx[piece])
+    return lambda pixels, _: pixels
 
 
-def _normalised(images: npt.NDArray[np.uint8] | npt.NDArray[np.float32], bank: ImageBank, config: Config) -> Tensor:
-    """(n, H, W, C) on the 0 to 255 scale -> (n, C, H, W) float32, channels_last in memory."""
-    n, height, width, channels = images.shape
+def _ready(bank: ImageBank, config: Config, rows: Index, augment: Augmentation) -> Tensor:
+    """The images of the given rows (n,), augmented and normalised: (n, C, H, W) float32, channels_last in memory."""
+    height, width, channels = bank.images.shape[1:]
     mean, std = (torch.tensor(s).repeat(height * width) for s in statistics(bank, config))  # (H*W*C,)
-    out = torch.empty(n, height * width * channels)
-    source = torch.from_numpy(images).view(out.shape)  # (n, H*W*C)
-    block = max(_VALUES_AT_ONCE // out.shape[1], 1)
-
-    def fill(target: Tensor, pixels: Tensor) -> None:
-        for piece, values in zip(target.split(block), pixels.split(block), strict=True):
-            piece.copy_(values).sub_(mean).div_(std)
-
-    share = max(-(-n // torch.get_num_threads()), 1)
-    parts = list(zip(out.split(share), source.split(share), strict=True))
-    others = [threading.Thread(target=fill, args=part) for part in parts[1:]]
-    for thread in others:
-        thread.start()
-    fill(*parts[0])
-    for thread in others:
-        thread.join()
-    return out.view(n, height, width, channels).permute(0, 3, 1, 2)  # (n, C, H, W)
+    out = torch.empty(len(rows), len(mean))
+    size = max(_VALUES_AT_ONCE // len(mean), 1)
+    for first in range(0, len(rows), size):
+        piece = slice(first, first + size)
+        pixels = augment(_gather(bank, rows[piece]), piece)  # (m, H, W, C)
+        out[piece].copy_(torch.from_numpy(pixels).flatten(1)).sub_(mean).div_(std)
+    return out.view(-1, height, width, channels).permute(0, 3, 1, 2)  # (n, C, H, W)
 
 
 def statistics(bank: ImageBank, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
