@@ -10,6 +10,11 @@ from pathlib import Path
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""For the environment of a process whose training is not in its main thread, as Ray's: without it `keep_freed_memory` does not
+reach there, since glibc gives other threads memory in pieces of 64 MiB, which it returns whatever it was told."""
+
+
 def keep_freed_memory() -> bool:
     """Makes this process reuse freed memory of any size instead of returning it; True where the C library can do so.
 

@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 
+from lgm_dist.memory import ONE_ARENA
+
 RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every socket of a local Ray on 127.0.0.1
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment instead of making their own with uv
@@ -16,12 +18,15 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next check
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # for a Prometheus
+    "RAY_task_events_report_interval_ms": "0",  # else gcs_server keeps a record of each call
+    **ONE_ARENA,
     "GLOO_SOCKET_IFNAME": "lo",
 }
 """For a Ray that `fit` starts itself on this machine; a cluster's own settings are left alone."""
 
 
-def connect(cpus: int, log_to_driver: bool = True) -> bool:
+def connect(cpus: int, log_to_driver: bool = True, dashboard: bool = True) -> bool:
     """Joins the cluster of RAY_ADDRESS, else starts a local Ray with `cpus` unless this process has one.
 
     True if it is ours to end. Raises ValueError where nothing listens at RAY_ADDRESS.
@@ -30,7 +35,7 @@ def connect(cpus: int, log_to_driver: bool = True) -> bool:
         return False
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
-        start_local_ray(cpus, log_to_driver)
+        start_local_ray(cpus, log_to_driver, dashboard)
         return True
     _check_address(address)
     import ray
@@ -60,17 +65,19 @@ def prepare_for_ray() -> None:
             os.environ.setdefault(name, value)
 
 
-def start_local_ray(cpus: int, log_to_driver: bool = True) -> None:
-    """Starts a Ray of this process, on this machine, listening on loopback only."""
+def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = True) -> None:
+    """Starts a Ray of this process, on this machine, listening on loopback only.
+
+    Without its dashboard only where nothing asks it: Ray Train's cleaner does for the state of its controller.
+    """
     prepare_for_ray()
     import ray
 
-    # With its dashboard, on loopback too: Ray Train's cleaner asks it for the controller's state every second.
     ray.init(
         "local",
         num_cpus=cpus,
         object_store_memory=200 * 2**20,
-        include_dashboard=True,
+        include_dashboard=dashboard,
         logging_level=logging.ERROR,
         log_to_driver=log_to_driver,
     )

@@ -31,7 +31,7 @@ from lgm_dist.data import EpisodeBatch, open_bank, sample_episodes
 from lgm_dist.data.device import DeviceSampler
 from lgm_dist.engine import Worker, evaluate, make_optimizer, train_step
 from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist, write_facts, write_result
-from lgm_dist.memory import keep_freed_memory, peak_memory
+from lgm_dist.memory import ONE_ARENA, keep_freed_memory, peak_memory
 from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
 from lgm_dist.progress import Progress
@@ -236,14 +236,14 @@ def _train_with_ray(job: Job, config: Config) -> None:
 
 def _fit_with_ray(job: Job, config: Config) -> str:
     """Returns how Ray Train's controller failed, "" where it did not. Raises RunFailed where the workers did."""
-    started = connect(max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads))
+    started = connect(max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads), dashboard=False)
     import ray
     from ray.train import ControllerError, WorkerGroupError
 
     pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
     try:
         with _stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
-            failure = pool.submit(_trainer(job, config).fit).result().return_value
+            failure = pool.submit(_trainer(job, config, started).fit).result().return_value
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error.worker_failures)) from error
     except (ControllerError, ray.exceptions.RayActorError) as error:
@@ -257,9 +257,21 @@ def _fit_with_ray(job: Job, config: Config) -> str:
     return ""
 
 
-def _trainer(job: Job, config: Config) -> Any:
+def _trainer(job: Job, config: Config, alone: bool) -> Any:
+    """`alone`: in a Ray that ends with it, where nothing need be cleaned up after a controller that has died."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    helpers = (DatasetsCallback, *((PlacementGroupCleanerCallback,) if alone else ()))
+
+    class Trainer(TorchTrainer):
+        """Without its actors for Ray Data, and for a controller that dies, where they have nothing to do."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # Ray's annotations show the old class
+            return [callback for callback in callbacks if not isinstance(callback, helpers)]
 
     class Failures(UserCallback):
         """Says in the controller's output that workers are replaced."""
@@ -270,7 +282,7 @@ def _trainer(job: Job, config: Config) -> Any:
     # Ray Train reads it at a start, and fails where a checkpoint that it lists is no longer kept; `restore` needs it not.
     (Path(job.run) / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     gpu = device_of(config) == "cuda"
-    return TorchTrainer(
+    return Trainer(
         _ray_worker,  # type: ignore[arg-type]  # its annotations know nothing of the value that it hands on
         train_loop_config=dataclasses.asdict(job),
         scaling_config=ScalingConfig(
@@ -285,6 +297,7 @@ def _trainer(job: Job, config: Config) -> Any:
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[Failures()],  # type: ignore[list-item]  # as above
+            worker_runtime_env={"env_vars": ONE_ARENA},
         ),
     )
 

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
-    "config": 0,
-    **dict.fromkeys(("memory", "ray_cluster", "data", "model", "cli", "flags", "metrics"), 1),
+    **dict.fromkeys(("config", "memory"), 0),
+    **dict.fromkeys(("ray_cluster", "data", "model", "cli", "flags", "metrics"), 1),
     "engine": 2,
     **dict.fromkeys(("checkpoint_files", "collectives", "diagnosis", "progress"), 3),
     "checkpoint": 4,
@@ -24,7 +24,7 @@ LAYERS = {
     **dict.fromkeys(("bench", "chaos"), 9),
     **dict.fromkeys(("scripts", "tune"), 10),
 }
-"""DESIGN's direction: a part imports from itself and from lower layers, so data, model and cli know config alone."""
+"""DESIGN's direction: a part imports from itself and from lower layers, so data, model and cli know config and memory alone."""
 OWNERS = {
     "ray": ("ray_train", "ray_cluster"),
     "wandb": ("tracking", "wandb_process", "panels"),
