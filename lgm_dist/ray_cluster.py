@@ -26,6 +26,11 @@ RAY_ENVIRONMENT = {
 """For a Ray that `fit` starts itself on this machine; a cluster's own settings are left alone."""
 
 
+def on_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster to train on."""
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
 def connect(cpus: int, log_to_driver: bool = True, dashboard: bool = True) -> bool:
     """Joins the cluster of RAY_ADDRESS, else starts a local Ray with `cpus` unless this process has one.
 
@@ -33,10 +38,10 @@ def connect(cpus: int, log_to_driver: bool = True, dashboard: bool = True) -> bo
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return False
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local":
+    if not on_cluster():
         start_local_ray(cpus, log_to_driver, dashboard)
         return True
+    address = os.environ["RAY_ADDRESS"]
     _check_address(address)
     import ray
 
@@ -60,7 +65,7 @@ def _check_address(address: str) -> None:
 
 def prepare_for_ray() -> None:
     """Sets the environment of a local Ray; before Ray is imported, which reads some of it then."""
-    if os.environ.get("RAY_ADDRESS", "local") == "local":
+    if not on_cluster():
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
 

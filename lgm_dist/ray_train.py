@@ -35,7 +35,7 @@ from lgm_dist.memory import ONE_ARENA, keep_freed_memory, peak_memory
 from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
 from lgm_dist.progress import Progress
-from lgm_dist.ray_cluster import connect
+from lgm_dist.ray_cluster import connect, on_cluster
 from lgm_dist.tracking import Mirror
 
 STOP = "stop"
@@ -242,8 +242,9 @@ def _fit_with_ray(job: Job, config: Config) -> str:
 
     pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
     try:
+        alone = started and not on_cluster()
         with _stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
-            failure = pool.submit(_trainer(job, config, started).fit).result().return_value
+            failure = pool.submit(_trainer(job, config, alone).fit).result().return_value
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error.worker_failures)) from error
     except (ControllerError, ray.exceptions.RayActorError) as error:
@@ -258,7 +259,7 @@ def _fit_with_ray(job: Job, config: Config) -> str:
 
 
 def _trainer(job: Job, config: Config, alone: bool) -> Any:
-    """`alone`: in a Ray that ends with it, where nothing need be cleaned up after a controller that has died."""
+    """`alone`: in a Ray of its own, which ends with it, so that nothing need be cleaned up after a controller that has died."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks import DatasetsCallback
