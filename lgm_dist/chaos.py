@@ -18,6 +18,7 @@ import torch
 from lgm_dist import checkpoint
 from lgm_dist.cli import RunFailed, table
 from lgm_dist.metrics import METRICS, read_metrics
+from lgm_dist.processes import below
 from lgm_dist.wandb_process import held_steps
 
 ROOT = Path(__file__).parents[1]
@@ -101,28 +102,13 @@ class Training:
         if self.process.wait() != status:
             raise RunFailed(f"{self.run.name} ended with status {self.process.returncode}:\n{self.said()[-2000:]}")
 
-    def processes(self) -> dict[int, str]:
-        """Names (the command line) of all processes below the training's, itself included."""
-        parents, names = {}, {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue  # it has just ended
-        ours = {self.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-            ours |= more
-        return {pid: names[pid] for pid in ours if pid in names}
-
     def victims(self, fault: str) -> list[int]:
         """The processes that a fault may hit now."""
-        found = self.processes()
         if fault == "driver":
             return [self.process.pid]
         part = {"W&B": "wandb-core", "controller": "ray::TrainController"}.get(fault, "ray::RayTrainWorker")
         # not the wandb-core that reads offline files for a moment
-        pids = [pid for pid, name in found.items() if part in name and " leet " not in name]
+        pids = [pid for pid, name in below(self.process.pid).items() if part in name and " leet " not in name]
         return [pid for pid in pids if fault != "rank 0" or _holds(pid, self.run / METRICS)]
 
 

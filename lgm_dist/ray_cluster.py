@@ -8,6 +8,7 @@ import socket
 import sys
 
 from lgm_dist.memory import ONE_ARENA
+from lgm_dist.processes import below, handles, kill
 
 RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every socket of a local Ray on 127.0.0.1
@@ -86,3 +87,16 @@ def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = Tru
         logging_level=logging.ERROR,
         log_to_driver=log_to_driver,
     )
+
+
+def disconnect() -> None:
+    """Leaves a cluster; ends a Ray of this process with every process of it.
+
+    Ray does not end a worker that has taken its leave and then hangs, as a controller of Ray Train's now and then does.
+    """
+    import ray
+
+    own = [] if on_cluster() else [pid for pid, command in below(os.getpid()).items() if "/raylet " in command]
+    workers = handles(pid for raylet in own for pid in below(raylet))
+    ray.shutdown()
+    kill(workers)

@@ -35,7 +35,7 @@ from lgm_dist.memory import ONE_ARENA, keep_freed_memory, peak_memory
 from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
 from lgm_dist.progress import Progress
-from lgm_dist.ray_cluster import connect, on_cluster
+from lgm_dist.ray_cluster import connect, disconnect, on_cluster
 from lgm_dist.tracking import Mirror
 
 STOP = "stop"
@@ -252,7 +252,7 @@ def _fit_with_ray(job: Job, config: Config) -> str:
     finally:
         pool.shutdown(wait=False)
         if started:
-            ray.shutdown()
+            disconnect()
     if failure:
         raise RunFailed(failure)
     return ""

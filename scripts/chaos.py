@@ -37,6 +37,7 @@ from lgm_dist.chaos import (
 )
 from lgm_dist.cli import status_of
 from lgm_dist.job import commit
+from lgm_dist.processes import below
 
 FAULTS = ("worker", "rank 0", "W&B", "controller", "driver", "stopped worker")
 
@@ -276,7 +277,7 @@ def memory(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
     training, seen = Training(folder, "long", *workers), dict[tuple[int, str], list[tuple[int, int]]]()
     while training.process.poll() is None:
         step = training.step()
-        for pid, name in training.processes().items():
+        for pid, name in ({training.process.pid: "train.py"} | below(training.process.pid)).items():
             with contextlib.suppress(OSError):
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 seen.setdefault((pid, name), []).append((step, pages * os.sysconf("SC_PAGE_SIZE")))

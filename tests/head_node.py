@@ -6,17 +6,17 @@ import contextlib
 import ipaddress
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lgm_dist.processes import below, handles, kill
 from lgm_dist.ray_cluster import RAY_ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
@@ -40,18 +40,6 @@ class Head:
         whole = self.environment | environment
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.run(command, env=whole, text=True, timeout=200, cwd=folder, **out)  # type: ignore[call-overload]
-
-    def processes(self) -> list[int]:
-        """All processes that descend from it, itself first."""
-        children: dict[int, list[int]] = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                parent = int(path.read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(path.parent.name))
-        found = [self.pid]
-        for pid in found:
-            found += children.get(pid, [])
-        return found
 
 
 def free_ports(count: int) -> list[int]:
@@ -82,9 +70,7 @@ def head_node() -> Iterator[Head]:
         wait_for(lambda: answers(started.address), 60, "the dashboard of the head node")
         yield started
     finally:
-        for pid in started.processes():  # at once: it would take a minute by itself
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(handles([process.pid, *below(process.pid)]))  # at once: it would take a minute by itself
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -104,7 +90,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def listening_sockets(pids: list[int]) -> list[tuple[str, int]]:
+def listening_sockets(pids: Iterable[int]) -> list[tuple[str, int]]:
     """Addresses (IPv4 and IPv6) and ports on which these processes listen."""
     inodes = set()
     for pid in pids:

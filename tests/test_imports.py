@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
-    **dict.fromkeys(("config", "memory"), 0),
+    **dict.fromkeys(("config", "memory", "processes"), 0),
     **dict.fromkeys(("ray_cluster", "data", "model", "cli", "flags", "metrics"), 1),
     "engine": 2,
     **dict.fromkeys(("checkpoint_files", "collectives", "diagnosis", "progress"), 3),

@@ -24,6 +24,7 @@ from test_scripts import run
 
 from lgm_dist.job import commit
 from lgm_dist.metrics import read_metrics
+from lgm_dist.processes import below
 from lgm_dist.ray_cluster import prepare_for_ray
 
 SECRET = "0123456789abcdef-not-a-key"
@@ -144,8 +145,8 @@ class TestOnAHeadNode:
         assert "WANDB_API_KEY is not passed to the job" in done.stdout
 
     def test_every_socket_of_the_head_node_is_on_loopback(self, head: Head) -> None:
-        wait_for(lambda: head.ports <= {port for _, port in listening_sockets(head.processes())}, 30, "its servers")
-        assert {address for address, _ in listening_sockets(head.processes())} == {"127.0.0.1"}
+        wait_for(lambda: head.ports <= {port for _, port in listening_sockets(below(head.pid))}, 30, "its servers")
+        assert {address for address, _ in listening_sockets(below(head.pid))} == {"127.0.0.1"}
 
     def test_upload_variables_logs_and_the_status_of_a_failing_job(self, head: Head, ask: Ask) -> None:
         """The job sees the code and nothing that was made here."""

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from head_node import Head, listening_sockets
+from head_node import listening_sockets
 from test_scripts import run as run_script
 
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import Config
 from lgm_dist.job import read_result
 from lgm_dist.metrics import read_metrics
+from lgm_dist.processes import below
+from lgm_dist.ray_cluster import disconnect, start_local_ray
 from lgm_dist.ray_train import fit
 
 ROOT = Path(__file__).parents[1]
@@ -186,14 +188,10 @@ def ray_head() -> Iterator[None]:
     """One local Ray for all tests that need one: starting it takes longer than the tests."""
     import torch
 
-    from lgm_dist.ray_cluster import start_local_ray
-
     assert not torch.distributed.is_initialized()
     start_local_ray(cpus=2)
     yield
-    import ray
-
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.mark.ray
@@ -201,7 +199,7 @@ def ray_head() -> Iterator[None]:
 class TestUnderRay:
     def test_every_socket_of_a_local_ray_is_on_loopback(self) -> None:
         """GCS, raylet, dashboard and their agents: nothing outside this machine reaches them."""
-        found = listening_sockets(Head(os.getpid(), "", set(), {}).processes())
+        found = listening_sockets(below(os.getpid()))
         assert len(found) >= 5
         assert {address for address, _ in found} <= {"127.0.0.1", "::1"}
 

@@ -29,7 +29,7 @@ from lgm_dist.config import Config
 from lgm_dist.data import open_bank
 from lgm_dist.engine import evaluate
 from lgm_dist.job import device_of
-from lgm_dist.ray_cluster import connect
+from lgm_dist.ray_cluster import connect, disconnect
 from lgm_dist.report import write_report
 from lgm_dist.sweeps import Trial, read_sweep
 
@@ -71,7 +71,7 @@ def search(folder: Path) -> None:
     finally:
         live.close()
         if started:
-            ray.shutdown()
+            disconnect()
 
 
 def _seconds(folder: Path) -> dict[int, float]:

@@ -79,13 +79,11 @@ def _one_ray(cells: list[Config]) -> Iterator[None]:
         return
     cpus = max(os.cpu_count() or 1, (config.max_workers or config.workers) * threads_of(config))
     started = ray_cluster.connect(cpus)
-    import ray
-
     try:
         yield
     finally:
         if started:
-            ray.shutdown()
+            ray_cluster.disconnect()
 
 
 def cross_evaluate(cells: list[Config]) -> None:
