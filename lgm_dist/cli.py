@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lgm_dist.config import Protocol
 
@@ -17,9 +19,30 @@ def status_of(main: Callable[[list[str]], None]) -> int:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, RunFailed) as error:
-        sys.stderr.write(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}\n")
+        tell(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}")
         return 1
     return 0
+
+
+class StandardError:
+    """sys.stderr, where it ends no run that its reader, a pipe's other end or a terminal, has gone."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def tell(sentence: str) -> None:
+    """A line on standard error, if anybody reads it."""
+    StandardError().write(sentence + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

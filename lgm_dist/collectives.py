@@ -15,9 +15,11 @@ import secrets
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from lgm_dist.model import AllReduce
+from lgm_dist.engine import Worker
+from lgm_dist.model import AllReduce, LGMNet
 
 _PIECE = 512 * 1024
 """Bytes that a worker hands over at once: as many as stay in its cache until they are summed."""
@@ -119,6 +121,24 @@ class SharedMemory:
                 os.kill(pid, 0)
             except ProcessLookupError:
                 raise RuntimeError(f"worker {rank} (process {pid}) has ended") from None
+
+
+def data_parallel(model: LGMNet, worker: Worker) -> nn.Module:
+    """The network with its gradients averaged over the workers, if there are several."""
+    if worker.world_size == 1:
+        return model
+    # the buffers are the normalisation's averages, which are equal on all workers by themselves
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    if isinstance(worker.all_reduce, SharedMemory):
+        # torch refuses a hook whose annotations are strings, as they are here
+        parallel.register_comm_hook(worker, lambda worker, bucket: _mean(worker, bucket.buffer()))
+    return parallel
+
+
+def _mean(worker: Worker, gradients: Tensor) -> torch.futures.Future[Tensor]:
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(worker.sum(gradients).div_(worker.world_size))
+    return future
 
 
 def _create(size: int) -> int | None:

@@ -9,7 +9,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from lgm_dist import checkpoint
+from lgm_dist.cli import tell
 from lgm_dist.config import SPLITS, Config, Split, differing
 from lgm_dist.data import check_episodes, open_bank
 from lgm_dist.data.bank import ImageBank
@@ -141,7 +141,7 @@ def persist(run: Path, seconds: float, write: Callable[P, T], *args: P.args, **k
             now = time.monotonic()
             if not failed:
                 failed = now
-                sys.stderr.write(f"storage: {error}; trying again for {seconds:g} s\n")
+                tell(f"storage: {error}; trying again for {seconds:g} s")
             if now - failed >= seconds:
                 raise
             time.sleep(min(1.0, seconds))
@@ -168,7 +168,7 @@ def write_facts(job: Job, worker: Worker, step: int = 0) -> None:
     """
     before = json.loads((Path(job.run) / FACTS).read_text()) if (Path(job.run) / FACTS).exists() else {}
     if before.get("world_size", worker.world_size) != worker.world_size:
-        sys.stderr.write(f"world size {before['world_size']} -> {worker.world_size} from step {step + 1} on\n")
+        tell(f"world size {before['world_size']} -> {worker.world_size} from step {step + 1} on")
     manifest = read_manifest(job.manifest)
     facts = {
         "commit": commit(),

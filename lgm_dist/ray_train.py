@@ -5,44 +5,25 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import logging
-import math
 import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from lgm_dist import checkpoint, diagnosis
-from lgm_dist.cli import RunFailed
-from lgm_dist.collectives import SharedMemory, make_all_reduce
-from lgm_dist.config import SPLITS, Config
-from lgm_dist.data import EpisodeBatch, open_bank, sample_episodes
-from lgm_dist.data.device import DeviceSampler
-from lgm_dist.engine import Worker, evaluate, make_optimizer, train_step
-from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist, write_facts, write_result
-from lgm_dist.memory import ONE_ARENA, keep_freed_memory, peak_memory
-from lgm_dist.metrics import MetricsLog
-from lgm_dist.model import LGMNet
+from lgm_dist import checkpoint
+from lgm_dist.cli import RunFailed, tell
+from lgm_dist.collectives import make_all_reduce
+from lgm_dist.config import Config
+from lgm_dist.data import open_bank
+from lgm_dist.engine import Worker
+from lgm_dist.job import RESULT, Job, device_of, make_job, owned
+from lgm_dist.memory import ONE_ARENA, keep_freed_memory
 from lgm_dist.progress import Progress
 from lgm_dist.ray_cluster import connect, disconnect, on_cluster
 from lgm_dist.tracking import Mirror
-
-STOP = "stop"
-"""A file of this name in a run's folder asks its workers to end after their step, with a checkpoint."""
-
-Report = Callable[[int, dict[str, float], Path | None], None]
-"""Hears of an evaluation after so many steps and, on rank 0, of its checkpoint's folder."""
+from lgm_dist.training import STOP, NotFinite, Report, stop_on_signals, train_fn
 
 
 def fit(config: Config, group: str = "") -> Path:
@@ -74,7 +55,7 @@ def train(job: Job, report: Report | None = None) -> None:
     else:
         keep_freed_memory()
         torch.set_num_threads(job.threads)
-        with _stop_on_signals(Path(job.run)):
+        with stop_on_signals(Path(job.run)):
             train_fn(job, Worker(device=device_of(config)), report)
 
 
@@ -91,133 +72,6 @@ def picture(job: Job) -> None:
     plots.weights(run)
 
 
-def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
-    """The training of one worker, top to bottom."""
-    config, run = Config.from_dict(job.config), Path(job.run)
-    banks = {split: open_bank(job.manifest, split, job.cache) for split in SPLITS}
-    model = build_model(config, worker)
-    parallel = data_parallel(model, worker)
-    sample: Callable[[int, int], EpisodeBatch] = partial(sample_episodes, banks["train"], config, "train")
-    if worker.device.startswith("cuda") and config.protocol == "standard":
-        sample = DeviceSampler(banks["train"], config, worker.device)
-    optimizer = make_optimizer(model, config)
-    state = checkpoint.restore(run, model, optimizer)
-    written: Callable[..., Any] = partial(persist, run, config.storage_seconds)
-    log = written(MetricsLog, run, state.step) if worker.rank == 0 else None
-    if log:
-        written(write_facts, job, worker, state.step)
-
-    for step in range(state.step, config.steps):
-        _not_hung(config)
-        start = time.monotonic()
-        first, count = worker.slice_of(step * config.meta_batch, config.meta_batch)
-        batch = sample(first, count).to(worker.device)
-        weight = count * worker.world_size / config.meta_batch  # 1 unless elastic workers have slices of unequal size
-        figures = train_step(parallel.train(), optimizer, batch, config, step, weight)
-        asked = torch.tensor([float(worker.rank == 0 and (run / STOP).exists())], device=worker.device)
-        loss, accuracy, grad_norm, stop = worker.mean(torch.cat([figures, asked])).tolist()
-        if not math.isfinite(loss + grad_norm):
-            raise NotFinite(diagnosis.explain(model, batch, config, step, worker), run)
-        metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
-        metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
-        metrics["speed/episodes_per_s"] = config.meta_batch / (time.monotonic() - start)
-        metrics["memory/peak_bytes"] = _peak_memory(worker)
-        done, val = step + 1, None
-        if done % config.eval_every == 0 or done == config.steps:
-            _not_hung(config)
-            val = evaluate(model, banks["val"], config.evaluation, "val", config.eval_episodes, worker=worker)
-            metrics |= {"val/accuracy": val.score.accuracy, "val/ci95": val.score.ci95}
-        if log:  # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
-            written(log.write, done, metrics)
-        if val or stop:
-            folder = None
-            if worker.rank == 0:
-                kept = checkpoint.TrainState.after(done, val)
-                folder = written(checkpoint.save, run, kept, model, optimizer, config, val, banks["train"].digest)
-            if report:
-                report(done, metrics, folder)
-        if stop and done < config.steps:
-            return
-
-    _not_hung(config)
-    test = None
-    if config.test_episodes:
-        model.load_state_dict(checkpoint.load_model(checkpoint.best(run))[0].state_dict())
-        test = evaluate(model, banks["test"], config.evaluation, "test", config.test_episodes, worker=worker)
-    memory = worker.gather(_peak_memory(worker))
-    if log:
-        log.close()
-        written(write_result, run, config, test, memory)
-
-
-class NotFinite(RunFailed):
-    """The loss or its gradient is infinite or no number; the weights are those of the last finite step."""
-
-    def __init__(self, what: str, run: Path) -> None:
-        kept = [folder.name for folder in checkpoint.states_of(run)]
-        where = f"the checkpoints {', '.join(kept)} are kept" if kept else "there is no checkpoint yet"
-        super().__init__(f"{what}; {where}; another --name can train with a lower --lr")
-
-
-def _not_hung(config: Config) -> None:
-    """A Ray Train worker that is not here again within config.hang_seconds shows where it is and ends, to be replaced."""
-    if config.workers and config.hang_seconds:
-        faulthandler.dump_traceback_later(config.hang_seconds, exit=True, file=2)
-
-
-def build_model(config: Config, worker: Worker) -> LGMNet:
-    """The network with the initial weights of config.seed, its normalisation tied to the other workers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = LGMNet(config.model)
-    model.reduce_over(worker.all_reduce)
-    return model.to(worker.device)
-
-
-def data_parallel(model: LGMNet, worker: Worker) -> nn.Module:
-    """The network with its gradients averaged over the workers, if there are several."""
-    if worker.world_size == 1:
-        return model
-    # the buffers are the normalisation's averages, which are equal on all workers by themselves
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    if isinstance(worker.all_reduce, SharedMemory):
-        # torch refuses a hook whose annotations are strings, as they are here
-        parallel.register_comm_hook(worker, lambda worker, bucket: _mean(worker, bucket.buffer()))
-    return parallel
-
-
-def _mean(worker: Worker, gradients: Tensor) -> torch.futures.Future[Tensor]:
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(worker.sum(gradients).div_(worker.world_size))
-    return future
-
-
-def _peak_memory(worker: Worker) -> float:
-    """Most bytes that this worker has had in memory so far: on the GPU where it trains on one."""
-    on_gpu = worker.device.startswith("cuda")
-    return float(torch.cuda.max_memory_allocated() if on_gpu else peak_memory())
-
-
-@contextmanager
-def _stop_on_signals(run: Path) -> Iterator[None]:
-    """SIGTERM (`ray job stop`) and the first Ctrl-C end the run after its step with a checkpoint; a second Ctrl-C, at once."""
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and (run / STOP).exists():
-            raise KeyboardInterrupt
-        (run / STOP).touch()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _train_with_ray(job: Job, config: Config) -> None:
     """Trains in a Ray of our own or a cluster's; once more, and in a new Ray of our own, where Ray Train's controller died."""
     # Ray Train's own limit is for workers that do not even answer it, such as stopped ones; 0 would be none at all
@@ -225,9 +79,7 @@ def _train_with_ray(job: Job, config: Config) -> None:
     what = ""
     for attempt in range(config.max_failures + 1):
         if attempt:
-            sys.stderr.write(
-                f"Ray Train's controller failed ({what}); training starts again from the last checkpoint\n"
-            )
+            tell(f"Ray Train's controller failed ({what}); training starts again from the last checkpoint")
         what = _fit_with_ray(job, config)
         if not what:
             return
@@ -243,7 +95,7 @@ def _fit_with_ray(job: Job, config: Config) -> str:
     pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
     try:
         alone = started and not on_cluster()
-        with _stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
+        with stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
             failure = pool.submit(_trainer(job, config, alone).fit).result().return_value
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error.worker_failures)) from error
@@ -278,7 +130,7 @@ def _trainer(job: Job, config: Config, alone: bool) -> Any:
         """Says in the controller's output that workers are replaced."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-            sys.stderr.write(f"{_first_failure(worker_exceptions)}; the workers start again from the last checkpoint\n")
+            tell(f"{_first_failure(worker_exceptions)}; the workers start again from the last checkpoint")
 
     # Ray Train reads it at a start, and fails where a checkpoint that it lists is no longer kept; `restore` needs it not.
     (Path(job.run) / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 from lgm_dist.analysis import ANALYSIS
 from lgm_dist.checkpoint import best
-from lgm_dist.cli import leak_note
+from lgm_dist.cli import leak_note, tell
 from lgm_dist.config import Config
 from lgm_dist.job import FACTS, RESULT, read_result
 from lgm_dist.metrics import Tail, read_metrics
@@ -188,9 +187,9 @@ class Mirror:
             else:
                 return
         self.failure = failure
-        sys.stderr.write(
+        tell(
             f"W&B does not hold all of {self._run} ({self.failure}); metrics.jsonl does, and "
-            f"`python scripts/wandb_replay.py {self._run}` sends the rest\n"
+            f"`python scripts/wandb_replay.py {self._run}` sends the rest"
         )
 
     def _renew(self, ended: bool) -> None:
@@ -233,7 +232,7 @@ def log_evaluation(config: Config, checkpoint: Path, data: str, results: list[di
     try:
         _log_evaluation(checkpoint.absolute().parents[1], config, checkpoint, data, results)
     except Exception as error:
-        sys.stderr.write(f"W&B does not hold this evaluation ({_sentence(error)}); the JSON file does\n")
+        tell(f"W&B does not hold this evaluation ({_sentence(error)}); the JSON file does")
 
 
 def _log_evaluation(run: Path, config: Config, checkpoint: Path, data: str, results: list[dict[str, Any]]) -> None:

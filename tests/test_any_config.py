@@ -20,7 +20,7 @@ from lgm_dist.data import fetch
 from lgm_dist.engine import Worker
 from lgm_dist.job import device_of, make_job
 from lgm_dist.metrics import read_metrics
-from lgm_dist.ray_train import STOP, train_fn
+from lgm_dist.training import STOP, train_fn
 
 INTEGERS = {
     **dict.fromkeys(("ways", "eval_ways"), (2, 3, 6)),

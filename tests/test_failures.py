@@ -28,7 +28,8 @@ from lgm_dist.diagnosis import explain
 from lgm_dist.engine import Worker, make_optimizer, train_step
 from lgm_dist.job import make_job
 from lgm_dist.metrics import read_metrics
-from lgm_dist.ray_train import build_model, train
+from lgm_dist.ray_train import train
+from lgm_dist.training import build_model
 
 
 def trained(config: Config) -> Path:

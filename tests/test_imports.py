@@ -19,7 +19,7 @@ LAYERS = {
     "checkpoint": 4,
     **dict.fromkeys(("job", "analysis", "sweeps", "panels"), 5),
     **dict.fromkeys(("plots", "wandb_process"), 6),
-    "tracking": 7,
+    **dict.fromkeys(("tracking", "training"), 7),
     **dict.fromkeys(("ray_train", "report"), 8),
     **dict.fromkeys(("bench", "chaos"), 9),
     **dict.fromkeys(("scripts", "tune"), 10),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import torch
 from PIL import Image
 
 from lgm_dist import checkpoint, plots
+from lgm_dist.cli import tell
 from lgm_dist.config import Config, Protocol
 from lgm_dist.data import open_bank, sample_episodes
 from lgm_dist.engine import evaluate, make_optimizer, train_step
@@ -323,3 +328,31 @@ def test_steps_of_an_earlier_start_are_not_speed(small: Config, tmp_path: Path) 
         assert (progress._bar.initial, progress._bar.n) == (4, 4)
         write(tmp_path, 5, 6)
     assert (progress._bar.initial, progress._bar.n) == (4, 6)
+
+
+def test_a_bar_that_nobody_reads_any_more_ends_no_run(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tqdm keeps its lock when a pipe's reader has gone, and a run that had trained to its end waited for it for good."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def follow() -> None:
+        with Progress(tmp_path, small) as progress:
+            write(tmp_path, 1, 12)
+            progress._bar.mininterval = 0
+        ended.append(progress._bar.n)
+
+    ended: list[int] = []
+    with os.fdopen(writer, "w", buffering=1) as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        with pytest.raises(BrokenPipeError):
+            sys.stderr.write("nobody\n")
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        thread.join(10)
+        tell("a sentence that nobody reads")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            broken.close()
+    assert ended == [12]

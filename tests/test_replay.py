@@ -116,7 +116,7 @@ def test_a_failure_is_said_and_ends_with_status_1(tmp_path: Path) -> None:
 def test_evaluate_is_a_run_of_its_own(tmp_path: Path, small: Config) -> None:
     from lgm_dist import checkpoint
     from lgm_dist.engine import Worker, make_optimizer
-    from lgm_dist.ray_train import build_model
+    from lgm_dist.training import build_model
 
     config = replace(small, name="a-run", storage=str(tmp_path), wandb="disabled")
     model = build_model(config, Worker())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import tempfile
@@ -56,18 +55,18 @@ def _run(data: str, data_root: str, workers: int) -> tuple[float, float]:
         flags += ["--eval-episodes=2", "--eval-query=1", "--test-episodes=0", "--wandb=offline"]
         run, start = Path(storage) / "bench", time.time()
         command = [sys.executable, str(ROOT / "scripts/train.py"), *flags]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            while not (run / "metrics.jsonl").exists() or not read_metrics(run):
-                if process.poll() is not None:
-                    raise ValueError(
-                        f"train.py ended before its first step: {process.communicate()[1].decode()[-500:]}"
-                    )
-                time.sleep(0.02)
-            first = time.time() - start
-            process.communicate()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            try:
+                while not (run / "metrics.jsonl").exists() or not read_metrics(run):
+                    if process.poll() is not None:
+                        raise ValueError(
+                            f"train.py ended before its first step: {process.communicate()[1].decode()[-500:]}"
+                        )
+                    time.sleep(0.02)
+                first = time.time() - start
+                process.communicate()
+            except BaseException:  # Ctrl-C too
+                process.terminate()  # it ends after its step, and is waited for
+                raise
         seconds = [row["seconds"] for row in read_metrics(run)][STARTING:-1]
         return first, (seconds[-1] - seconds[0]) / (len(seconds) - 1)
