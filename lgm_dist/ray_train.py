@@ -18,7 +18,7 @@ from lgm_dist.collectives import make_all_reduce
 from lgm_dist.config import Config
 from lgm_dist.data import open_bank
 from lgm_dist.engine import Worker
-from lgm_dist.job import RESULT, Job, device_of, make_job, owned
+from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist
 from lgm_dist.memory import ONE_ARENA, keep_freed_memory
 from lgm_dist.progress import Progress
 from lgm_dist.ray_cluster import connect, disconnect, on_cluster
@@ -111,20 +111,11 @@ def _fit_with_ray(job: Job, config: Config) -> str:
 
 
 def _trainer(job: Job, config: Config, alone: bool) -> Any:
-    """`alone`: in a Ray of its own, which ends with it, so that nothing need be cleaned up after a controller that has died."""
+    """`alone`: in a Ray of its own, which ends with it."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    helpers = (DatasetsCallback, *((PlacementGroupCleanerCallback,) if alone else ()))
-
-    class Trainer(TorchTrainer):
-        """Without its actors for Ray Data, and for a controller that dies, where they have nothing to do."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # Ray's annotations show the old class
-            return [callback for callback in callbacks if not isinstance(callback, helpers)]
+    from lgm_dist.ray_trainer import Trainer
+    from lgm_dist.rendezvous import OwnAddress
 
     class Failures(UserCallback):
         """Says in the controller's output that workers are replaced."""
@@ -133,17 +124,20 @@ def _trainer(job: Job, config: Config, alone: bool) -> Any:
             tell(f"{_first_failure(worker_exceptions)}; the workers start again from the last checkpoint")
 
     # Ray Train reads it at a start, and fails where a checkpoint that it lists is no longer kept; `restore` needs it not.
-    (Path(job.run) / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    # A storage that is away is waited for here: in its place, Ray Train would make the run's folder anew.
+    listed = Path(job.run) / "checkpoints" / "checkpoint_manager_snapshot.json"
+    persist(Path(job.run), config.storage_seconds, listed.unlink, missing_ok=True)
     gpu = device_of(config) == "cuda"
     return Trainer(
-        _ray_worker,  # type: ignore[arg-type]  # its annotations know nothing of the value that it hands on
+        _ray_worker,
+        alone=alone,
         train_loop_config=dataclasses.asdict(job),
         scaling_config=ScalingConfig(
             num_workers=(config.workers, config.max_workers) if config.max_workers else config.workers,  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker={"CPU": job.threads, **({"GPU": 1} if gpu else {})},
         ),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=OwnAddress(backend="nccl" if gpu else "gloo"),
         run_config=RunConfig(  # type: ignore[call-arg]  # Ray's annotations show the old class, without logging_config
             name="checkpoints",  # Ray Train's own files lie beside the checkpoints that it is told of
             storage_path=job.run,

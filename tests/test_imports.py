@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     **dict.fromkeys(("config", "memory", "processes"), 0),
-    **dict.fromkeys(("ray_cluster", "data", "model", "cli", "flags", "metrics"), 1),
+    **dict.fromkeys(("ray_cluster", "ray_trainer", "rendezvous", "data", "model", "cli", "flags", "metrics"), 1),
     "engine": 2,
     **dict.fromkeys(("checkpoint_files", "collectives", "diagnosis", "progress"), 3),
     "checkpoint": 4,
@@ -26,7 +26,7 @@ LAYERS = {
 }
 """DESIGN's direction: a part imports from itself and from lower layers, so data, model and cli know config and memory alone."""
 OWNERS = {
-    "ray": ("ray_train", "ray_cluster"),
+    "ray": ("ray_train", "ray_trainer", "ray_cluster", "rendezvous"),
     "wandb": ("tracking", "wandb_process", "panels"),
     "webdataset": ("data/shards",),
     "tyro": ("flags",),

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,23 @@ def ray_head() -> Iterator[None]:
     disconnect()
 
 
+@contextmanager
+def listening_workers() -> Iterator[set[tuple[str, int]]]:
+    """Sockets on which Ray Train workers of this process have listened meanwhile; Ray's own are there before they train."""
+    found, over = set[tuple[str, int]](), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            workers = [pid for pid, name in below(os.getpid()).items() if name.startswith("ray::RayTrainWorker")]
+            found.update(listening_sockets(workers))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield found
+    over.set()
+    thread.join()
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_head")
 class TestUnderRay:
@@ -209,7 +228,10 @@ class TestUnderRay:
         small = config(tiny, tmp_path / "one", lr=1e-6, lr_min=0.0)
         alone = history(fit(small))
         elastic = replace(small, storage=str(tmp_path / "two"), workers=1, max_workers=2, steps_per_epoch=4)
-        run = fit(elastic)
+        with listening_workers() as found:
+            run = fit(elastic)
+        assert len(found) >= 3, "the store of rank 0, and gloo in both"
+        assert {address for address, _ in found} == {"127.0.0.1"}
         assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
         assert json.loads((run / "facts.json").read_text())["world_size"] == 2, "as many as there is room for"
         run = fit(replace(elastic, max_workers=0, epochs=3))
@@ -223,7 +245,6 @@ class TestUnderRay:
 
     def test_ctrl_c_ends_a_run_of_workers_with_a_checkpoint_of_its_last_step(self, tiny: Path, tmp_path: Path) -> None:
         """Ray has handlers of its own for it."""
-        import threading
 
         def interrupt() -> None:
             while len(read_metrics(tmp_path / "run")) < 10:
@@ -240,8 +261,6 @@ class TestUnderRay:
         assert list(digests(tmp_path / "run")) == [f"step-{len(rows):08d}"]
 
     def test_killed_and_hung_workers_are_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
-        import threading
-
         long = config(tiny, tmp_path, workers=1, cpus_per_worker=1, steps_per_epoch=60, eval_every=10)
         run = tmp_path / "run"
         hit: list[float] = []

@@ -1,4 +1,4 @@
-"""What scripts/chaos.py needs: trainings whose processes can be hit, and what a disturbed one has lost. Linux: /proc."""
+"""Trainings whose processes can be hit. Linux: /proc."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-import torch
-
-from lgm_dist import checkpoint
 from lgm_dist.cli import RunFailed, table
 from lgm_dist.metrics import METRICS, read_metrics
 from lgm_dist.processes import below
-from lgm_dist.wandb_process import held_steps
 
-ROOT = Path(__file__).parents[1]
-CLOCKS = ("seconds", "speed/", "memory/")
-"""Columns of metrics.jsonl that differ between two equal runs."""
+ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0
 """Seconds after which a run that goes on no more counts as lost."""
 HEADER = ("fault", "times tried", "recovered", "seconds to recover", "rows lost or twice", "bits changed")
@@ -138,61 +131,6 @@ def past_this_step(training: Training) -> Callable[[], bool]:
         return training.step() > reached
 
     return past
-
-
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock and the process's memory say."""
-    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in read_metrics(run)]
-
-
-def wandb_runs(run: Path) -> set[str]:
-    """The ids of the W&B runs that a run has made, offline."""
-    return {path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")}
-
-
-def lost_rows(run: Path, alone: Path) -> int:
-    """Rows that are missing, twice or other ones in metrics.jsonl, and missing or twice in W&B's files."""
-    held = [step for wandb_id in wandb_runs(run) for step in held_steps(run, wandb_id)[0]]
-    twice = len(held) - len(set(held))
-    return wrong_rows(run, alone) + twice + len({row["step"] for row in rows_of(alone)} ^ set(held))
-
-
-def wrong_rows(run: Path, alone: Path) -> int:
-    """Rows that are missing, twice or other ones in metrics.jsonl."""
-    ours, theirs = rows_of(run), rows_of(alone)
-    return sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
-
-
-def changed_bits(run: Path, alone: Path) -> int:
-    """Bits of the newest and the best checkpoint's tensors that differ; all of them where a checkpoint is missing."""
-    return sum(_differing(_tensors(mine(run)), _tensors(mine(alone))) for mine in (checkpoint.newest, checkpoint.best))
-
-
-def _tensors(folder: Path) -> dict[str, bytes]:
-    state = torch.load(folder / "state.pt", weights_only=True)
-    found: dict[str, bytes] = {"step": folder.name.encode()}
-
-    def collect(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value.contiguous().numpy().tobytes()
-        elif isinstance(value, dict | list | tuple):
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                collect(f"{name}.{key}", item)
-        else:
-            found[name] = repr(value).encode()
-
-    collect("", state)
-    return found
-
-
-def _differing(ours: dict[str, bytes], theirs: dict[str, bytes]) -> int:
-    bits = 0
-    for name in ours.keys() | theirs.keys():
-        a, b = ours.get(name, b""), theirs.get(name, b"")
-        size = max(len(a), len(b))
-        x, y = (np.frombuffer(value.ljust(size, b"\0"), np.uint8) for value in (a, b))
-        bits += int(np.unpackbits(x ^ y).sum())
-    return bits
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:

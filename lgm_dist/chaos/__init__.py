@@ -1,0 +1,1 @@
+"""What scripts/chaos.py does to trainings, and what it finds afterwards."""

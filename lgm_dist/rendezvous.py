@@ -1,0 +1,56 @@
+"""How the workers of a run meet: a process group whose every socket is on the address by which Ray knows the node.
+
+torch's own store listens on all interfaces, and whoever reaches it can change what the workers tell each other.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+import ray
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train.backend import BackendConfig
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from torch import distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is documented
+
+_servers: list[TCPStore] = []
+"""Rank 0's, which serves for as long as it is held."""
+
+
+class OwnAddress(TorchConfig):
+    """For TorchTrainer. One worker has nobody to meet, and no process group."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Rendezvous
+
+
+class _Rendezvous(_TorchBackend):
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+        assert isinstance(backend_config, TorchConfig)
+        size = len(worker_group)
+        if size == 1:
+            return
+        place = worker_group.execute_single(0, _listen, size)
+        how = (size, place, backend_config.backend, backend_config.timeout_s)
+        met = [worker_group.execute_single_async(rank, _meet, rank, *how) for rank in range(size)]
+        ray.get(met)  # type: ignore[arg-type]  # Ray has two classes of this name
+
+
+def _listen(size: int) -> tuple[str, int]:
+    """Starts the store in this process; its address and port."""
+    address = ray.util.get_node_ip_address()
+    listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    port = listener.getsockname()[1]
+    server = TCPStore(address, port, size, True, wait_for_workers=False, master_listen_fd=listener.detach())
+    _servers[:] = [server]
+    return address, port
+
+
+def _meet(rank: int, size: int, place: tuple[str, int], backend: str, seconds: int) -> None:
+    limit = timedelta(seconds=seconds)
+    store = _servers[0] if rank == 0 else TCPStore(*place, size, timeout=limit)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
