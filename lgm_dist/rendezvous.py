@@ -10,9 +10,8 @@ from datetime import timedelta
 
 import ray
 from ray.train._internal.base_worker_group import BaseWorkerGroup
-from ray.train.backend import BackendConfig
+from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is documented
 
@@ -24,11 +23,15 @@ class OwnAddress(TorchConfig):
     """For TorchTrainer. One worker has nobody to meet, and no process group."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Backend]:
         return _Rendezvous
 
 
-class _Rendezvous(_TorchBackend):
+class _Rendezvous(Backend):
+    """The group ends with its processes: to take leave first, as Ray's own does, would wait for a worker that is stopped."""
+
+    share_cuda_visible_devices = True
+
     def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, TorchConfig)
         size = len(worker_group)

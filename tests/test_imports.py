@@ -26,7 +26,7 @@ LAYERS = {
 }
 """DESIGN's direction: a part imports from itself and from lower layers, so data, model and cli know config and memory alone."""
 OWNERS = {
-    "ray": ("ray_train", "ray_trainer", "ray_cluster", "rendezvous"),
+    "ray": ("ray_train", "ray_trainer", "ray_cluster", "rendezvous", "chaos/elastic"),
     "wandb": ("tracking", "wandb_process", "panels"),
     "webdataset": ("data/shards",),
     "tyro": ("flags",),
