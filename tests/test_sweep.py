@@ -316,7 +316,14 @@ def test_a_full_disk_is_one_sentence(full_disk: Path, tiny: Path, tmp_path: Path
         "model.filters": 8,
         "name": "run",
     }
-    flags |= {"eval-episodes": 5, "eval-query": 3, "workers": 0, "storage-seconds": 1, "data": tiny, "storage": full_disk}
+    flags |= {
+        "eval-episodes": 5,
+        "eval-query": 3,
+        "workers": 0,
+        "storage-seconds": 1,
+        "data": tiny,
+        "storage": full_disk,
+    }
     words = [f"--{name}={value}" for name, value in flags.items()]
     script = [sys.executable, str(ROOT / "scripts/train.py"), *words]
     done = subprocess.run(script, capture_output=True, text=True, timeout=LIMIT, cwd=tmp_path)
