@@ -18,7 +18,10 @@ from lgm_dist.bench.steps import REFERENCE, Steps, contender
 from lgm_dist.config import ModelConfig
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
-STEP_HEADER = ("episodes", "lgm_dist (episodes/s)", "plain (episodes/s)", "faster by", "difference of the losses")
+STEP_HEADER = (
+    *("episodes", "lgm_dist (episodes/s)", "plain (episodes/s)", "faster by", "difference of the losses"),
+    "bf16 to float32",
+)
 Loss = dict[str, float]
 
 
@@ -29,17 +32,20 @@ def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Secti
     """
     if not REFERENCE.exists():
         raise ValueError(f"against ({REFERENCE}) is not there; run the benchmark from a checkout of the repository")
+    kinds = ["ours", "plain", "plain-kept"]
+    if torch.cpu._is_avx512_bf16_supported():
+        kinds.append("ours-bf16")
     rows, values = [], {}
     for ways, shot in settings:
         ours = Steps("ours", ways, shot)
-        found, losses = race({kind: replace(ours, kind=kind) for kind in ("ours", "plain", "plain-kept")}, rounds)
+        found, losses = race({kind: replace(ours, kind=kind) for kind in kinds}, rounds)
         speed = {kind: spread.each(lambda seconds: Steps.meta_batch / seconds) for kind, spread in found.items()}
         faster, kept = ratio(found["plain"], found["ours"]), ratio(found["plain-kept"], found["ours"])
         apart = abs(losses["ours"] - losses["plain"])
         name = f"{ways}-way {shot}-shot"
-        rows.append(
-            (name, speed["ours"].text(), speed["plain"].text(), f"{faster.text(2)} ({kept.median:.2f})", f"{apart:.1e}")
-        )
+        half = ratio(found["ours"], found["ours-bf16"]).text(2) if "ours-bf16" in found else "no AVX512-BF16"
+        against = f"{faster.text(2)} ({kept.median:.2f})"
+        rows.append((name, speed["ours"].text(), speed["plain"].text(), against, f"{apart:.1e}", half))
         values[name] = {
             "seconds": plain(found),
             "faster": faster.values,

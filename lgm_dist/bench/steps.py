@@ -35,7 +35,7 @@ REFERENCE = ROOT / "tests/reference.py"
 
 @dataclass(frozen=True)
 class Steps:
-    """What a contender trains: `kind` is ours, plain (the reference) or plain-kept (likewise, with our allocator's setting)."""
+    """What a contender trains: `kind` is ours, ours-bf16, plain (the reference) or plain-kept (so, with our allocator's setting)."""
 
     kind: str
     ways: int = 5
@@ -64,9 +64,11 @@ def stepper(steps: Steps) -> Callable[[], float]:
         keep_freed_memory()
     torch.manual_seed(0)
     config, batch = Config(ways=steps.ways, shot=steps.shot, meta_batch=steps.meta_batch), batch_of(steps)
+    if steps.kind == "ours-bf16":
+        config = replace(config, precision="bf16")
     model = LGMNet().train()
     optimizer = make_optimizer(model, config)
-    if steps.kind == "ours":
+    if steps.kind in ("ours", "ours-bf16"):
         return lambda: float(train_step(model, optimizer, batch, config, 0)[0])
     network = _reference().EagerLGMNet(model.state_dict(keep_vars=True))
     plain = replace(batch, images=batch.images.contiguous())
