@@ -35,7 +35,7 @@ REFERENCE = ROOT / "tests/reference.py"
 
 @dataclass(frozen=True)
 class Steps:
-    """What a contender trains: `kind` is ours, ours-bf16, plain (the reference) or plain-kept (so, with our allocator's setting)."""
+    """What a contender trains: `kind` is ours, ours-bf16, plain (the reference) or plain-kept (it keeps freed memory)."""
 
     kind: str
     ways: int = 5
