@@ -40,9 +40,14 @@ class StandardError:
         return getattr(sys.stderr, name)
 
 
+STANDARD_ERROR = StandardError()
+
+
 def tell(sentence: str) -> None:
-    """A line on standard error, if anybody reads it."""
-    StandardError().write(sentence + "\n")
+    """A line on standard error, above a progress bar there, if anybody reads it."""
+    from tqdm import tqdm  # here, as most commands have nothing to tell
+
+    tqdm.write(sentence, file=STANDARD_ERROR)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

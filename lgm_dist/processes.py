@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import select
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+_PATIENCE = 30.0
+"""Seconds for a killed process to end: a driver or a storage may hold it."""
 
 
 def below(pid: int) -> dict[int, str]:
@@ -24,6 +31,12 @@ def below(pid: int) -> dict[int, str]:
     return found
 
 
+def adopt_orphans() -> None:
+    """A process below this one whose parent ends stays below it from now on, as its child."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
 def handles(pids: Iterable[int]) -> list[int]:
     """Descriptors that stand for these processes, and for no other when they have ended and their numbers are used again."""
     found = []
@@ -33,9 +46,20 @@ def handles(pids: Iterable[int]) -> list[int]:
     return found
 
 
-def kill(processes: Iterable[int]) -> None:
-    """Ends what is left of processes that `handles` stands for, and closes the descriptors."""
+def has_ended(process: int, seconds: float = 0) -> bool:
+    """Whether the process that a descriptor of `handles` stands for has, or does within that time."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
+
+
+def kill(processes: Collection[int]) -> None:
+    """Ends what is left of processes that `handles` stands for, waits for it, and closes the descriptors."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
+    for process in processes:
+        if has_ended(process, _PATIENCE):
+            with contextlib.suppress(ChildProcessError):  # another's
+                os.waitid(os.P_PIDFD, process, os.WEXITED)
         os.close(process)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lgm_dist.cli import StandardError
+from lgm_dist.cli import STANDARD_ERROR
 from lgm_dist.config import Config
 from lgm_dist.metrics import Tail
 
@@ -33,7 +33,7 @@ class Progress:
             unit="step",
             mininterval=interval,
             dynamic_ncols=True,
-            file=StandardError(),  # after an error of write() tqdm would keep its lock and never end
+            file=STANDARD_ERROR,  # after an error of write() tqdm would keep its lock and never end
         )
         self._thread = threading.Thread(target=self._follow, daemon=True)
 

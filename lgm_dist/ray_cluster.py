@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 from lgm_dist.memory import ONE_ARENA
-from lgm_dist.processes import below, handles, kill
+from lgm_dist.processes import adopt_orphans, below, handles, has_ended, kill
+
+Result = TypeVar("Result")
 
 RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every socket of a local Ray on 127.0.0.1
@@ -25,6 +33,13 @@ RAY_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
 }
 """For a Ray that `fit` starts itself on this machine; a cluster's own settings are left alone."""
+
+_servers: dict[str, int] = {}
+"""Name and descriptor of the processes that the Ray of this process cannot do without."""
+
+
+class ServerEnded(Exception):
+    """A server of this process's Ray, and with it the whole."""
 
 
 def on_cluster() -> bool:
@@ -79,24 +94,75 @@ def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = Tru
     prepare_for_ray()
     import ray
 
-    ray.init(
-        "local",
-        num_cpus=cpus,
-        object_store_memory=200 * 2**20,
-        include_dashboard=dashboard,
-        logging_level=logging.ERROR,
-        log_to_driver=log_to_driver,
-    )
+    adopt_orphans()  # so that workers are found at the end whose raylet has gone
+    with _without_sigterm():
+        ray.init(
+            "local",
+            num_cpus=cpus,
+            object_store_memory=200 * 2**20,
+            include_dashboard=dashboard,
+            logging_level=logging.ERROR,
+            log_to_driver=log_to_driver,
+        )
+    for pid, command in below(os.getpid()).items():
+        name = Path(command.partition(" ")[0]).name
+        if name in ("gcs_server", "raylet"):
+            _servers[name] = handles([pid])[0]
+
+
+@contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """For processes started meanwhile, and by them: SIGTERM is this process's, from which they hear what to do.
+
+    `timeout`, systemd and Slurm send it to all of them at once, and Ray's servers would end before the workers' checkpoint.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outcome(future: Future[Result]) -> Result:
+    """Its result, waited for. Raises ServerEnded where the Ray of this process goes first.
+
+    Ray itself learns of its raylet's end a quarter of a minute later, and of its gcs_server's never: all steps get slower until
+    it aborts this process, after a minute.
+    """
+    while not wait([future], timeout=0.5).done:
+        for name, process in _servers.items():
+            if has_ended(process):
+                raise ServerEnded(f"Ray's {name} has ended")
+    return future.result()
 
 
 def disconnect() -> None:
     """Leaves a cluster; ends a Ray of this process with every process of it.
 
-    Ray does not end a worker that has taken its leave and then hangs, as a controller of Ray Train's now and then does.
+    Ray does not end a worker that has taken its leave and then hangs, as a controller of Ray Train's now and then does, nor,
+    at once, those of a raylet that has gone, which train on.
     """
     import ray
+    from ray._private import worker
 
-    own = [] if on_cluster() else [pid for pid, command in below(os.getpid()).items() if "/raylet " in command]
-    workers = handles(pid for raylet in own for pid in below(raylet))
+    own = handles(_of_ray(Path(ray.__file__).parent)) if _servers else []
+
+    def end(**_: bool) -> None:
+        kill(own)
+        own.clear()
+
+    if own:  # Ray asks one server after the other to end, by SIGTERM, and waits a second for it
+        worker._global_node.kill_all_processes = end  # type: ignore[attr-defined]  # annotated as None
+    if any(map(has_ended, _servers.values())):
+        end()
     ray.shutdown()
-    kill(workers)
+    kill(_servers.values())
+    _servers.clear()
+
+
+def _of_ray(package: Path) -> set[int]:
+    """Ray's processes below this one, and all that they have started."""
+    own = {
+        pid for pid, command in below(os.getpid()).items() if command.startswith("ray::") or f"{package}/" in command
+    }
+    return own.union(*map(below, own))

@@ -21,7 +21,7 @@ from lgm_dist.engine import Worker
 from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist
 from lgm_dist.memory import ONE_ARENA, keep_freed_memory
 from lgm_dist.progress import Progress
-from lgm_dist.ray_cluster import connect, disconnect, on_cluster
+from lgm_dist.ray_cluster import ServerEnded, connect, disconnect, on_cluster, outcome
 from lgm_dist.tracking import Mirror
 from lgm_dist.training import STOP, NotFinite, Report, stop_on_signals, train_fn
 
@@ -73,21 +73,21 @@ def picture(job: Job) -> None:
 
 
 def _train_with_ray(job: Job, config: Config) -> None:
-    """Trains in a Ray of our own or a cluster's; once more, and in a new Ray of our own, where Ray Train's controller died."""
+    """Trains in a Ray of our own or a cluster's; once more, and in a new Ray of our own, where all but the workers failed."""
     # Ray Train's own limit is for workers that do not even answer it, such as stopped ones; 0 would be none at all
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_seconds or 10**9)
     what = ""
     for attempt in range(config.max_failures + 1):
         if attempt:
-            tell(f"Ray Train's controller failed ({what}); training starts again from the last checkpoint")
+            tell(f"{what}; training starts again from the last checkpoint")
         what = _fit_with_ray(job, config)
-        if not what:
+        if not what or (Path(job.run) / STOP).exists():
             return
-    raise RunFailed(f"Ray Train's controller kept failing ({what}); the same command goes on from the last checkpoint")
+    raise RunFailed(f"{what}, as often before; the same command goes on from the last checkpoint")
 
 
 def _fit_with_ray(job: Job, config: Config) -> str:
-    """Returns how Ray Train's controller failed, "" where it did not. Raises RunFailed where the workers did."""
+    """Returns how Ray or Ray Train's controller failed, "" where they did not. Raises RunFailed where the workers did."""
     started = connect(max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads), dashboard=False)
     import ray
     from ray.train import ControllerError, WorkerGroupError
@@ -96,11 +96,14 @@ def _fit_with_ray(job: Job, config: Config) -> str:
     try:
         alone = started and not on_cluster()
         with stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
-            failure = pool.submit(_trainer(job, config, alone).fit).result().return_value
+            failure = outcome(pool.submit(_trainer(job, config, alone).fit)).return_value
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error.worker_failures)) from error
     except (ControllerError, ray.exceptions.RayActorError) as error:
-        return _one_line(error)
+        return f"Ray Train's controller failed ({_one_line(error)})"
+    except ServerEnded as error:
+        started = True  # whoever did: it is over
+        return str(error)
     finally:
         pool.shutdown(wait=False)
         if started:

@@ -330,6 +330,19 @@ def test_steps_of_an_earlier_start_are_not_speed(small: Config, tmp_path: Path) 
     assert (progress._bar.initial, progress._bar.n) == (4, 6)
 
 
+def test_a_sentence_stands_above_the_bar_on_a_line_of_its_own(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress(tmp_path, small) as progress:
+        write(tmp_path, 1, 6)
+        progress._update()
+        progress._bar.refresh()
+        tell("something has happened")
+    lines = capsys.readouterr().err.splitlines()
+    assert "something has happened" in lines
+    assert any(" 6/12 " in line for line in lines[lines.index("something has happened") :])
+
+
 def test_a_bar_that_nobody_reads_any_more_ends_no_run(
     small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lgm_dist.processes import below, handles, kill
+from lgm_dist.processes import below, handles, has_ended, kill
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,9 +43,46 @@ def test_children_of_children_are_found_and_stopped_ones_ended() -> None:
     os.kill(sleeper, signal.SIGSTOP)
     assert within(10, sleeper, "T")
     kill(handles([sleeper, shell.pid]))
-    shell.wait()
-    assert within(10, sleeper, "")
+    assert state(sleeper) == ""
     assert handles([shell.pid]) == []  # it has ended and been waited for
+    assert shell.wait() == 0  # as another has asked before
+
+
+ADOPTS = """
+import os, subprocess
+from lgm_dist.processes import adopt_orphans, below, handles, kill
+
+adopt_orphans()
+shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!"], stdout=subprocess.PIPE, text=True)
+orphan = int(shell.communicate()[0])
+print(orphan, below(os.getpid()))
+kill(handles([orphan]))
+print(below(os.getpid()))
+"""
+
+
+def test_a_process_whose_parent_has_ended_stays_below_one_that_adopts_and_is_waited_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ADOPTS], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    first, second = done.stdout.splitlines()
+    pid, _, found = first.partition(" ")
+    assert found == f"{{{pid}: 'sleep 1000 '}}"
+    assert second == "{}"
+
+
+def test_the_end_of_a_process_is_seen_within_the_time_that_is_given() -> None:
+    process = subprocess.Popen(["sleep", "1000"])
+    (descriptor,) = handles([process.pid])
+    assert not has_ended(descriptor)
+    start = time.monotonic()
+    assert not has_ended(descriptor, 0.2)
+    assert time.monotonic() - start >= 0.2
+    process.kill()
+    assert has_ended(descriptor, 10)
+    assert has_ended(descriptor), "although nobody has waited for it"
+    process.wait()
+    os.close(descriptor)
 
 
 def test_a_process_that_has_ended_meanwhile_is_no_error_and_its_descriptor_is_closed() -> None:

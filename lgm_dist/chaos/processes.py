@@ -16,7 +16,12 @@ from lgm_dist.chaos.losses import changed_bits, differing_losses, lost_rows, wan
 from lgm_dist.chaos.trainings import Outcome, Training, newest_step, past_this_step
 from lgm_dist.processes import below
 
-FAULTS = ("worker", "rank 0", "W&B", "controller", "driver", "stopped worker")
+FAULTS = (
+    *("worker", "rank 0", "W&B", "controller", "gcs_server", "raylet", "driver"),  # killed
+    *("stopped worker", "SIGTERM to all"),
+)
+_STATUS = {"driver": -signal.SIGKILL, "SIGTERM to all": 1}
+"""Of a training that a fault ends: the same command goes on from it."""
 
 
 def kills(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
@@ -54,9 +59,12 @@ def _hit(training: Training, fault: str, chance: random.Random) -> float:
         victims = training.victims(fault)
     pid, start = chance.choice(victims), time.monotonic()
     past = past_this_step(training)
-    os.kill(pid, signal.SIGSTOP if fault == "stopped worker" else signal.SIGKILL)
-    if fault == "driver":
-        training.process.wait()
+    if fault == "SIGTERM to all":
+        os.killpg(pid, signal.SIGTERM)
+    else:
+        os.kill(pid, signal.SIGSTOP if fault == "stopped worker" else signal.SIGKILL)
+    if fault in _STATUS:
+        training.wait(_STATUS[fault])
         training.start()
     training.until((lambda: bool(set(training.victims(fault)) - {pid})) if fault == "W&B" else past)
     return time.monotonic() - start

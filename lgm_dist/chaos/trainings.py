@@ -25,6 +25,14 @@ SMALL = (
     *("--test-episodes=20", "--model.filters=8", "--model.noise-size=4", "--cpus-per-worker=1", "--wandb=offline"),
 )
 
+_NAMES = {
+    "W&B": "wandb-core",
+    "controller": "ray::TrainController",
+    "gcs_server": "/gcs_server ",
+    "raylet": "/raylet/raylet ",
+}
+"""What is in the command line of a fault's victims."""
+
 
 @dataclass
 class Outcome:
@@ -61,7 +69,9 @@ class Training:
     def start(self) -> None:
         """Runs the command, its output at the end of the log."""
         with self._log.open("a") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
+            self.process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+            )
         self._started.append(self.process)
 
     @classmethod
@@ -97,9 +107,9 @@ class Training:
 
     def victims(self, fault: str) -> list[int]:
         """The processes that a fault may hit now."""
-        if fault == "driver":
+        if fault in ("driver", "SIGTERM to all"):
             return [self.process.pid]
-        part = {"W&B": "wandb-core", "controller": "ray::TrainController"}.get(fault, "ray::RayTrainWorker")
+        part = _NAMES.get(fault, "ray::RayTrainWorker")
         # not the wandb-core that reads offline files for a moment
         pids = [pid for pid, name in below(self.process.pid).items() if part in name and " leet " not in name]
         return [pid for pid in pids if fault != "rank 0" or _holds(pid, self.run / METRICS)]

@@ -1,0 +1,73 @@
+"""What becomes of a run whose own Ray loses its servers, and of one whose processes are all told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_processes import state
+from test_train import config, digests, history
+
+from lgm_dist.metrics import read_metrics
+from lgm_dist.processes import below
+from lgm_dist.ray_train import fit
+
+ROOT = Path(__file__).parents[1]
+
+
+def once(process: subprocess.Popen[str], run: Path, steps: int) -> None:
+    """Waits for so many rows."""
+    while process.poll() is None and len(read_metrics(run)) < steps:
+        time.sleep(0.01)
+
+
+def server(process: subprocess.Popen[str], name: str) -> int:
+    """The pid of a server of its Ray."""
+    (pid,) = (pid for pid, command in below(process.pid).items() if f"/{name} " in command)
+    return pid
+
+
+@pytest.mark.ray
+class TestUnderRay:
+    def test_a_run_goes_on_without_a_lost_row_in_a_new_ray_and_ends_with_a_checkpoint_when_all_are_told_to(
+        self, tiny: Path, tmp_path: Path
+    ) -> None:
+        """SIGTERM goes to the whole process group, as `timeout`, systemd and Slurm send it."""
+        flags = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 1000, "meta-batch": 4, "eval-every": 50}
+        flags |= {"workers": 1, "cpus-per-worker": 1, "eval-episodes": 10, "test-episodes": 20, "eval-query": 3}
+        flags |= {"data": tiny, "storage": tmp_path, "name": "run", "model.filters": 8, "wandb": "disabled"}
+        command = [sys.executable, str(ROOT / "scripts/train.py"), *(f"--{k}={v}" for k, v in flags.items())]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True, cwd=tmp_path
+        )
+        run, started = tmp_path / "run", dict[int, str]()
+        for steps, name in ((120, "gcs_server"), (320, "raylet")):
+            once(process, run, steps)
+            started |= below(process.pid)
+            os.kill(server(process, name), signal.SIGKILL)
+            time.sleep(1)  # the rows after its last checkpoint come again
+        once(process, run, 520)
+        started |= below(process.pid)
+        os.killpg(process.pid, signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == 1, error
+        steps = len(read_metrics(run))
+        assert 520 <= steps < 1000
+        sentences = [line for line in error.splitlines() if line.endswith(("last checkpoint", "goes on from it"))]
+        assert sentences == [
+            "Ray's gcs_server has ended; training starts again from the last checkpoint",
+            "Ray's raylet has ended; training starts again from the last checkpoint",
+            f"train.py: stopped with a checkpoint of step {steps}; the same command goes on from it",
+        ]
+        assert len(started) > 20
+        assert {name for pid, name in started.items() if state(pid)} == set(), "nothing of it is left"
+        alone = fit(config(tiny, tmp_path / "alone", epochs=1, steps_per_epoch=steps, eval_every=50))
+        assert history(run)[:-1] == history(alone)[:-1]
+        assert history(alone)[-1].items() >= history(run)[-1].items()  # which was not evaluated
+        assert digests(run)[f"step-{steps:08d}"] == digests(alone)[f"step-{steps:08d}"]
