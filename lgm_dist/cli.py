@@ -45,9 +45,11 @@ STANDARD_ERROR = StandardError()
 
 def tell(sentence: str) -> None:
     """A line on standard error, above a progress bar there, if anybody reads it."""
-    from tqdm import tqdm  # here, as most commands have nothing to tell
-
-    tqdm.write(sentence, file=STANDARD_ERROR)
+    bars = sys.modules.get("tqdm")  # where nobody has loaded it there is none
+    if bars:
+        bars.tqdm.write(sentence, file=STANDARD_ERROR)
+    else:
+        STANDARD_ERROR.write(sentence + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -29,7 +29,7 @@ from lgm_dist import checkpoint_files
 from lgm_dist.checkpoint_files import DamagedCheckpoint, Meta, TrainState, config_of, read_meta
 from lgm_dist.cli import status_of
 from lgm_dist.config import SPLITS, Config
-from lgm_dist.data import fc100, png, shards
+from lgm_dist.data import cifar_archive, fc100, png, shards
 from lgm_dist.data import manifest as manifests
 from lgm_dist.data.fc100 import fc100_source
 from lgm_dist.data.manifest import ClassEntry, Manifest, Shard, SplitEntry, manifest_bytes, parse_manifest
@@ -150,7 +150,7 @@ def search_with_atheris(target: Target, seconds: float, corpus: Path, folder: Pa
         with contextlib.suppress(ValueError):
             target(content, folder)
 
-    for module in (manifests, checkpoint_files, fc100, shards, png, tarfile, pickle):
+    for module in (manifests, checkpoint_files, cifar_archive, fc100, shards, png, tarfile, pickle):
         classes: list[Any] = [
             c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__
         ]

@@ -54,7 +54,8 @@ from lgm_dist.processes import adopt_orphans, below, handles, kill
 
 adopt_orphans()
 shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!"], stdout=subprocess.PIPE, text=True)
-orphan = int(shell.communicate()[0])
+orphan = int(shell.stdout.readline())
+shell.wait()
 print(orphan, below(os.getpid()))
 kill(handles([orphan]))
 print(below(os.getpid()))

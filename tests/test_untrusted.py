@@ -25,7 +25,7 @@ import pytest
 from test_fc100 import pack, python2_pickle, write_official, write_parquet
 from test_shards import edit, tiny_source
 
-from lgm_dist.data import fc100
+from lgm_dist.data import cifar_archive
 from lgm_dist.data.bank import open_bank
 from lgm_dist.data.fc100 import fc100_source
 from lgm_dist.data.folder import folder_source
@@ -195,7 +195,7 @@ def test_an_archive_is_read_in_memory_and_leads_nowhere(archive: Path, tmp_path:
 
 
 def test_an_archive_that_explodes_is_refused(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fc100, "MOST_BYTES", 2**22)
+    monkeypatch.setattr(cifar_archive, "MOST_BYTES", 2**22)
     with gzip.open(archive, "wb") as file:  # 64 kilobytes; the real limit is 512 MiB
         file.write(member("cifar-100-python/train", size=2**26).tobuf() + bytes(2**26))
     with pytest.raises(ValueError, match=r"is no whole tar archive \(it has more than 4,194,304 bytes"), memory(2**24):

@@ -8,12 +8,8 @@ its train and test images are merged, 600 a class.
 from __future__ import annotations
 
 import functools
-import gzip
-import io
 import json
-import pickle
 import socket
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lgm_dist.config import SPLITS, Split
+from lgm_dist.data import cifar_archive
 from lgm_dist.data.bank import cache_folder
 from lgm_dist.data.keys import unique_keys
 from lgm_dist.data.png import encode
@@ -33,8 +30,6 @@ from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 
 SHAPE = (32, 32, 3)
 FOLDER, ARCHIVE = "cifar-100-python", "cifar-100-python.tar.gz"
-MOST_BYTES = 512 * 2**20
-"""Of the archive's tar."""
 WAYS = (
     f"name the official {ARCHIVE} or its unpacked folder, or a folder of Hugging Face parquet files of cifar100 "
     "(train*.parquet and test*.parquet), with --source"
@@ -65,7 +60,11 @@ def fc100_source(source: str) -> DataSource:
     Raises ValueError where the source is none of these, damaged or incomplete, or cannot be downloaded.
     """
     path = Path(source).expanduser() if source else _download()
-    return _assemble(_read_parts(path), str(path))
+    try:
+        parts = _read_parts(path)
+    except cifar_archive.DamagedArchive as error:
+        raise ValueError(f"{error}; download it again, or {WAYS}") from error
+    return _assemble(parts, str(path))
 
 
 @functools.cache
@@ -77,7 +76,7 @@ def split_table() -> dict[Split, dict[str, list[str]]]:
 
 def _read_parts(path: Path) -> list[_Part]:
     if path.is_file() and path.suffix != ".parquet":
-        return _official_parts(_unpack(path), str(path))
+        return _official_parts(cifar_archive.unpack(path), str(path))
     for folder in (path, path / FOLDER):
         if (folder / "train").is_file() and (folder / "test").is_file():
             files = {
@@ -137,125 +136,22 @@ def _names(labels: Sequence[int], names: Sequence[str] | None, kind: str, where:
     return [names[label] for label in labels]
 
 
-# --- the official archive: Python 2 pickles of a dictionary ---
-
-
-class _Array:
-    """What a pickle says of a numpy array. numpy itself would believe a type whose fields point anywhere in memory."""
-
-    state: tuple[Any, ...] = ()
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """(version, shape, dtype, whether in Fortran's order, bytes)"""
-        self.state = state
-
-    def rows(self) -> npt.NDArray[np.uint8]:
-        """(images, 3072). Raises ValueError or TypeError where it is no such array."""
-        _, (images, values), dtype, fortran, content = self.state
-        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2's bytes
-        if dtype.code not in ("u1", "|u1") or fortran or values != 3072:
-            raise ValueError(f"{dtype.code} ({images}, {values})")
-        return np.frombuffer(content, np.uint8).reshape(images, values)
-
-
-class _Dtype:
-    """Likewise of an array's type."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        self.code = code
-
-    def __setstate__(self, _: object) -> None:
-        """Byte order and the like, of which uint8 has none."""
-
-
-class _PlainUnpickler(pickle._Unpickler):  # Python's own, since C's takes the memory that a file asks for
-    """Unpickles containers, strings, numbers and what is said of arrays, and nothing that could run code."""
-
-    ALLOWED = {  # noqa: RUF012 (a constant; ClassVar would say no more)
-        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-    }
-
-    # A bytearray is made as long as it claims to be before it is read; no CIFAR-100 file has one.
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}  # noqa: RUF012
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The few callables that an array needs. Raises UnpicklingError for every other."""
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-100 file needs")
-        return self.ALLOWED[module, name]
-
-
-def _unpack(path: Path) -> dict[str, bytes]:
-    """The files train, test and meta of the archive, by name."""
-    files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(_decompressed(path)), mode="r:") as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
-                if file and member.name.rpartition("/")[2] in ("train", "test", "meta"):
-                    files[member.name.rpartition("/")[2]] = file.read()
-    except Exception as fault:  # a damaged archive can raise almost anything
-        raise ValueError(f"source {path} is no whole tar archive ({fault}); download it again, or {WAYS}") from fault
-    if not {"train", "test"} <= set(files):
-        raise ValueError(f"source {path} lacks the files train and test of CIFAR-100; {WAYS}")
-    return files
-
-
-def _decompressed(path: Path) -> bytes:
-    """The archive's tar, in memory: a header of a tar that is decompressed on the way may take any amount."""
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else path.open("rb") as stream:
-        content = stream.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES:,} bytes; CIFAR-100 has 186 million")
-    return content
+# --- the official archive ---
 
 
 def _official_parts(files: dict[str, bytes], where: str) -> list[_Part]:
-    meta = _unpickle(files["meta"], f"{where}, file meta") if "meta" in files else {}
-    return [
-        _official_part(_unpickle(files[name], f"{where}, file {name}"), meta, f"{where}, file {name}")
-        for name in ("train", "test")
-    ]
+    lists = cifar_archive.label_names(files["meta"], f"{where}, file meta") if "meta" in files else {}
+    return [_official_part(files[name], lists, f"{where}, file {name}") for name in ("train", "test")]
 
 
-def _official_part(record: dict[str, Any], meta: dict[str, Any], where: str) -> _Part:
-    try:
-        array, files = record["data"], record["filenames"]
-        labels = {kind: record[f"{kind}_labels"] for kind in ("fine", "coarse")}
-    except KeyError as fault:
-        raise ValueError(f"{where} has no {fault}; {WAYS}") from fault
-    try:
-        data = array.rows()
-        good = all(isinstance(found, list) and len(found) == len(data) for found in (files, *labels.values()))
-    except (AttributeError, TypeError, ValueError):
-        good = False
-    if not good or not all(isinstance(file, str) for file in files):
-        raise ValueError(
-            f"{where}: the data are not an array of uint8 (images, 3072) with as many names and labels; {WAYS}"
-        )
-    classes, groups = (
-        _names(labels[kind], meta.get(f"{kind}_label_names"), kind, where) for kind in ("fine", "coarse")
-    )
-    return _Part(where, files, classes, groups, functools.partial(_encode_row, data))
+def _official_part(content: bytes, lists: dict[str, Any], where: str) -> _Part:
+    images = cifar_archive.images(content, where)
+    classes, groups = (_names(images.labels[kind], lists.get(kind), kind, where) for kind in ("fine", "coarse"))
+    return _Part(where, images.files, classes, groups, functools.partial(_encode_row, images.data))
 
 
 def _encode_row(data: npt.NDArray[np.uint8], row: int) -> bytes:
     return encode(np.ascontiguousarray(data[row].reshape(3, 32, 32).transpose(1, 2, 0)))  # (32, 32, 3)
-
-
-def _unpickle(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except Exception as fault:  # a damaged pickle can raise almost anything
-        raise ValueError(f"{where} is no CIFAR-100 pickle ({fault}); download it again, or {WAYS}") from fault
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} holds no dictionary; {WAYS}")
-    return record
 
 
 def _download() -> Path:
