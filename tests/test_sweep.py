@@ -234,16 +234,27 @@ class TestRealSweeps:
             assert rates[40] == pytest.approx(sample["lr"]), "training went on with it"
         assert not list(tmp_path.glob("sweep/trials/*/exploitable"))
 
-    def test_a_killed_trial_is_retried_and_a_killed_driver_resumed_with_every_history_whole(
+    def test_a_killed_trial_is_retried_and_a_stopped_or_killed_driver_resumed_with_every_history_whole(
         self, tiny: Path, space: Path, tmp_path: Path
     ) -> None:
+        """SIGTERM goes to the whole process group, as `timeout`, systemd and Slurm send it."""
         folder = tmp_path / "sweep"
         flags = SMALL | {"data": tiny, "space": space, "samples": 4, "steps-per-epoch": 240, "eval-every": 40}
         environment = os.environ | {"WANDB_MODE": "offline"}
         log = (tmp_path / "log").open("w")
-        driver = subprocess.Popen(command(tmp_path, **flags), stderr=log, stdout=log, cwd=tmp_path, env=environment)
+        outputs: dict[str, Any] = {"stderr": log, "stdout": log, "cwd": tmp_path, "env": environment}
+        driver = subprocess.Popen(command(tmp_path, **flags), start_new_session=True, **outputs)
         first = folder / "trials/trial-000"
         _wait_for(lambda: len(read_metrics(first)) > 60, driver)
+        os.killpg(driver.pid, signal.SIGTERM)
+        assert driver.wait(LIMIT) == 1
+        words = f"--storage {tmp_path} --name sweep --resume"
+        sentence = f"sweep.py: stopped with 0 of 4 trials at their end; `tune/sweep.py {words}` goes on\n"
+        assert (tmp_path / "log").read_text().endswith(sentence)
+        assert not (folder / "winner.json").exists(), "test is for the winner of all trials"
+
+        driver = subprocess.Popen(command(tmp_path, name="sweep", resume=True), **outputs)
+        _wait_for(lambda: len(read_metrics(first)) > 100, driver)
         os.kill(_process_of(first), signal.SIGKILL)
         _wait_for(lambda: len(steps_of(first)) == 240, driver)
         assert steps_of(first) == list(range(1, 241)), "retried from its checkpoint"

@@ -9,8 +9,11 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,7 @@ TUNE_ENVIRONMENT = {
 
 
 def search(folder: Path) -> None:
-    """Runs the trials of the sweep in `folder`, or those that are left of it."""
+    """Runs the trials of the sweep in `folder`, or those that are left of it. Raises RunFailed where a signal has ended it."""
     spec = read_sweep(folder).spec
     plan = Plan(str(folder), spec["base"], spec["scheduler"])
     for name, value in TUNE_ENVIRONMENT.items():
@@ -60,7 +63,8 @@ def search(folder: Path) -> None:
     try:
         concurrent = _concurrent(Config.from_dict(plan.base), spec)
         tuner, before, start = _tuner(plan, spec, live, concurrent), _seconds(folder), time.monotonic()
-        tuner.fit()
+        with _sigterm_as_ctrl_c():
+            tuner.fit()
         wall, trained = time.monotonic() - start, _seconds(folder)
         ran = [number for number in trained if trained[number] > before.get(number, 0.0)]
         beside = wall * concurrent - (sum(trained.values()) - sum(before.values()))
@@ -72,6 +76,20 @@ def search(folder: Path) -> None:
         live.close()
         if started:
             disconnect()
+    ended = sum(trial.status != "running" for trial in read_sweep(folder).trials)
+    if ended < spec["samples"]:  # else an unfinished trial could win, and be evaluated on test
+        again = f"tune/sweep.py --storage {folder.parent} --name {folder.name} --resume"
+        raise RunFailed(f"stopped with {ended} of {spec['samples']} trials at their end; `{again}` goes on")
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Tune saves its state and ends at the latter alone."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _seconds(folder: Path) -> dict[int, float]:
