@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,8 @@ _servers: dict[str, int] = {}
 """Name and descriptor of the processes that the Ray of this process cannot do without."""
 
 
-class ServerEnded(Exception):
-    """A server of this process's Ray, and with it the whole."""
+class RayEnded(Exception):
+    """The Ray of this process is of no use any more."""
 
 
 def on_cluster() -> bool:
@@ -123,16 +124,23 @@ def _without_sigterm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outcome(future: Future[Result]) -> Result:
-    """Its result, waited for. Raises ServerEnded where the Ray of this process goes first.
+def outcome(future: Future[Result], sign: Callable[[], object], seconds: float) -> Result:
+    """Its result, waited for. Raises RayEnded where the Ray of this process goes first, or the sign of life that it has given
+    does not change for so long (0: for ever).
 
     Ray itself learns of its raylet's end a quarter of a minute later, and of its gcs_server's never: all steps get slower until
-    it aborts this process, after a minute.
+    it aborts this process, after a minute. For a stopped controller of Ray Train it would wait for ever.
     """
+    first = last = sign()
+    since = time.monotonic()
     while not wait([future], timeout=0.5).done:
         for name, process in _servers.items():
             if has_ended(process):
-                raise ServerEnded(f"Ray's {name} has ended")
+                raise RayEnded(f"Ray's {name} has ended")
+        if sign() != last:
+            last, since = sign(), time.monotonic()
+        if _servers and seconds and last != first and time.monotonic() - since > seconds:
+            raise RayEnded(f"nothing has happened for {seconds:g} s")
     return future.result()
 
 

@@ -7,6 +7,7 @@ import faulthandler
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from lgm_dist.data import open_bank
 from lgm_dist.engine import Worker
 from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist
 from lgm_dist.memory import ONE_ARENA, keep_freed_memory
+from lgm_dist.metrics import METRICS
 from lgm_dist.progress import Progress
-from lgm_dist.ray_cluster import ServerEnded, connect, disconnect, on_cluster, outcome
+from lgm_dist.ray_cluster import RayEnded, connect, disconnect, on_cluster, outcome
 from lgm_dist.tracking import Mirror
 from lgm_dist.training import STOP, NotFinite, Report, stop_on_signals, train_fn
 
@@ -96,12 +98,13 @@ def _fit_with_ray(job: Job, config: Config) -> str:
     try:
         alone = started and not on_cluster()
         with stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
-            failure = outcome(pool.submit(_trainer(job, config, alone).fit)).return_value
+            future = pool.submit(_trainer(job, config, alone).fit)
+            failure = outcome(future, partial(_sign_of_life, Path(job.run)), _patience(config)).return_value
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error.worker_failures)) from error
     except (ControllerError, ray.exceptions.RayActorError) as error:
         return f"Ray Train's controller failed ({_one_line(error)})"
-    except ServerEnded as error:
+    except RayEnded as error:
         started = True  # whoever did: it is over
         return str(error)
     finally:
@@ -111,6 +114,21 @@ def _fit_with_ray(job: Job, config: Config) -> str:
     if failure:
         raise RunFailed(failure)
     return ""
+
+
+def _sign_of_life(run: Path) -> object:
+    """Changes with each row and each start of workers."""
+    try:
+        record = (run / METRICS).stat()
+    except OSError:
+        return None
+    return record.st_ino, record.st_size
+
+
+def _patience(config: Config) -> float:
+    """Most seconds between two signs of life of a run whose hung workers are replaced: a step and an evaluation are given
+    hang_seconds each, and so is a worker that has been stopped before Ray Train misses it."""
+    return 3 * config.hang_seconds + 60 if config.hang_seconds else 0
 
 
 def _trainer(job: Job, config: Config, alone: bool) -> Any:

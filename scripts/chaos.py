@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=4, help="times of each fault (%(default)s)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="of the part kills (all)")
     parser.add_argument("--workers", type=int, default=2, help="of kills, finite and memory (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2400, help="of the part kills (%(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="of the part kills (%(default)s)")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
     parser.add_argument("--hang-seconds", type=int, default=10, help="as of scripts/train.py (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the times and the victims (%(default)s)")

@@ -1,4 +1,4 @@
-"""What becomes of a run whose own Ray loses its servers, and of one whose processes are all told to end."""
+"""What becomes of a run whose own Ray loses a server or hangs, and of one whose processes are all told to end."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from test_processes import state
 from test_train import config, digests, history
 
+from lgm_dist import ray_cluster
 from lgm_dist.metrics import read_metrics
-from lgm_dist.processes import below
+from lgm_dist.processes import below, handles
+from lgm_dist.ray_cluster import RayEnded, outcome
 from lgm_dist.ray_train import fit
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +35,55 @@ def server(process: subprocess.Popen[str], name: str) -> int:
     """The pid of a server of its Ray."""
     (pid,) = (pid for pid, command in below(process.pid).items() if f"/{name} " in command)
     return pid
+
+
+@pytest.fixture
+def raylet(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that `outcome` takes for the one server of its Ray."""
+    process = subprocess.Popen(["sleep", "1000"])
+    (descriptor,) = handles([process.pid])
+    monkeypatch.setattr(ray_cluster, "_servers", {"raylet": descriptor})
+    yield process
+    process.kill()
+    process.wait()
+    os.close(descriptor)
+
+
+def later(seconds: float) -> Future[str]:
+    """Has a result after so many seconds."""
+    future: Future[str] = Future()
+    threading.Timer(seconds, future.set_result, ["trained"]).start()
+    return future
+
+
+def test_a_server_that_ends_is_noticed_at_once(raylet: subprocess.Popen[bytes]) -> None:
+    assert outcome(later(0.7), time.monotonic, 0) == "trained"
+    threading.Timer(0.7, raylet.kill).start()
+    start = time.monotonic()
+    with pytest.raises(RayEnded, match=r"^Ray's raylet has ended$"):
+        outcome(later(5), time.monotonic, 0)
+    assert 0.7 <= time.monotonic() - start < 3
+
+
+@pytest.mark.usefixtures("raylet")
+def test_a_run_that_has_begun_and_gives_no_sign_of_life_is_ended() -> None:
+    start = time.monotonic()
+    with pytest.raises(RayEnded, match=r"^nothing has happened for 2 s$"):
+        outcome(later(9), lambda: time.monotonic() < start + 1, 2)
+    assert 3 <= time.monotonic() - start < 6
+
+
+@pytest.mark.usefixtures("raylet")
+def test_neither_a_run_that_waits_to_begin_is_nor_one_that_goes_on_or_has_no_limit() -> None:
+    start = time.monotonic()
+    assert outcome(later(2.6), lambda: "waits for room", 1) == "trained"
+    assert outcome(later(2.6), time.monotonic, 1) == "trained"
+    assert outcome(later(2.6), lambda: time.monotonic() < start + 5.5, 0) == "trained"
+
+
+def test_a_clusters_ray_is_left_to_the_cluster() -> None:
+    start = time.monotonic()
+    assert outcome(later(2.6), lambda: time.monotonic() < start + 0.2, 1) == "trained"
 
 
 @pytest.mark.ray

@@ -18,7 +18,7 @@ from lgm_dist.processes import below
 
 FAULTS = (
     *("worker", "rank 0", "W&B", "controller", "gcs_server", "raylet", "driver"),  # killed
-    *("stopped worker", "SIGTERM to all"),
+    *("stopped worker", "stopped controller", "SIGTERM to all"),
 )
 _STATUS = {"driver": -signal.SIGKILL, "SIGTERM to all": 1}
 """Of a training that a fault ends: the same command goes on from it."""
@@ -35,7 +35,7 @@ def kills(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
     limits = (f"--hang-seconds={flags.hang_seconds}", "--storage-seconds=5", f"--max-failures={len(plan)}")
     training = Training(folder, "disturbed", *workers, *limits)
     for number, fault in enumerate(plan, 1):
-        point = flags.steps * (number - chance.random()) / (len(plan) + 1)
+        point = flags.steps * (number - chance.random()) / (len(plan) + 3)  # room for the last to be gone past
         training.until(lambda point=point: training.step() >= point)  # type: ignore[misc]
         time.sleep(chance.random())
         seconds = _hit(training, fault, chance)
@@ -62,7 +62,7 @@ def _hit(training: Training, fault: str, chance: random.Random) -> float:
     if fault == "SIGTERM to all":
         os.killpg(pid, signal.SIGTERM)
     else:
-        os.kill(pid, signal.SIGSTOP if fault == "stopped worker" else signal.SIGKILL)
+        os.kill(pid, signal.SIGSTOP if fault.startswith("stopped ") else signal.SIGKILL)
     if fault in _STATUS:
         training.wait(_STATUS[fault])
         training.start()

@@ -28,6 +28,7 @@ SMALL = (
 _NAMES = {
     "W&B": "wandb-core",
     "controller": "ray::TrainController",
+    "stopped controller": "ray::TrainController",
     "gcs_server": "/gcs_server ",
     "raylet": "/raylet/raylet ",
 }
