@@ -16,32 +16,35 @@ _PATIENCE = 30.0
 """Seconds for a killed process to end: a driver or a storage may hold it."""
 
 
-def below(pid: int) -> dict[int, str]:
-    """The command lines of the processes that descend from `pid`, nearest first."""
+def below(*pids: int) -> dict[int, str]:
+    """The command lines of the processes that descend from these, nearest first."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            parent = int(path.read_bytes().rpartition(b")")[2].split()[1])  # before it a name, of any bytes
             children.setdefault(parent, []).append(int(path.parent.name))
-    found, pids = dict[int, str](), list(children.get(pid, []))
-    for one in pids:
-        pids += children.get(one, [])
+    found, left = dict[int, str](), [child for pid in pids for child in children.get(pid, [])]
+    for one in left:
+        left += children.get(one, [])
         with contextlib.suppress(OSError):
             found[one] = Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
 
 
-def adopt_orphans() -> None:
-    """A process below this one whose parent ends stays below it from now on, as its child."""
+def adopt_orphans(adopt: bool) -> None:
+    """Whether a process below this one whose parent ends stays below it, as its child."""
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
 
 
 def handles(pids: Iterable[int]) -> list[int]:
-    """Descriptors that stand for these processes, and for no other when they have ended and their numbers are used again."""
+    """Descriptors that stand for these processes, and for no other when they have ended and their numbers are used again.
+
+    None where the kernel (before Linux 5.3) or this Python knows no such descriptors.
+    """
     found = []
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(AttributeError, OSError):
             found.append(os.pidfd_open(pid))
     return found
 

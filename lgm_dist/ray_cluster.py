@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lgm_dist.memory import ONE_ARENA
 from lgm_dist.processes import adopt_orphans, below, handles, has_ended, kill
@@ -30,13 +30,17 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",  # for a Prometheus
     "RAY_task_events_report_interval_ms": "0",  # else gcs_server keeps a record of each call
+    "RAY_JEMALLOC_LIB_PATH": "",  # with jemalloc, raylet and gcs_server take more memory, and more and more
     **ONE_ARENA,
     "GLOO_SOCKET_IFNAME": "lo",
 }
 """For a Ray that `fit` starts itself on this machine; a cluster's own settings are left alone."""
 
 _servers: dict[str, int] = {}
-"""Name and descriptor of the processes that the Ray of this process cannot do without."""
+"""Name and descriptor of the processes that the Ray of this process cannot do without; empty where it has none, or no such
+descriptors, and Ray is left to itself."""
+_others: set[int] = set()
+"""Processes that were below this one before its Ray."""
 
 
 class RayEnded(Exception):
@@ -95,8 +99,11 @@ def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = Tru
     prepare_for_ray()
     import ray
 
-    adopt_orphans()  # so that workers are found at the end whose raylet has gone
-    with _without_sigterm():
+    watched = handles([os.getpid()])  # as nothing would be without such descriptors
+    for handle in watched:
+        os.close(handle)
+    _others.update(below(os.getpid()))
+    with _without_sigterm() if watched else nullcontext():
         ray.init(
             "local",
             num_cpus=cpus,
@@ -105,10 +112,18 @@ def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = Tru
             logging_level=logging.ERROR,
             log_to_driver=log_to_driver,
         )
-    for pid, command in below(os.getpid()).items():
-        name = Path(command.partition(" ")[0]).name
-        if name in ("gcs_server", "raylet"):
-            _servers[name] = handles([pid])[0]
+    started = _node().all_processes
+    for name in ("gcs_server", "raylet"):
+        for handle in handles(info.process.pid for info in started[name]):
+            _servers[name] = handle
+    adopt_orphans(bool(_servers))  # so that workers are found at the end whose raylet has gone
+
+
+def _node() -> Any:
+    """What Ray knows of the processes that it has started here."""
+    from ray._private import worker
+
+    return worker._global_node
 
 
 @contextmanager
@@ -148,29 +163,32 @@ def disconnect() -> None:
     """Leaves a cluster; ends a Ray of this process with every process of it.
 
     Ray does not end a worker that has taken its leave and then hangs, as a controller of Ray Train's now and then does, nor,
-    at once, those of a raylet that has gone, which train on.
+    at once, those of a raylet that has gone, which train on. And it asks one server after the other to end, by SIGTERM, and
+    waits a second for it.
     """
     import ray
-    from ray._private import worker
 
-    own = handles(_of_ray(Path(ray.__file__).parent)) if _servers else []
-
-    def end(**_: bool) -> None:
-        kill(own)
-        own.clear()
-
-    if own:  # Ray asks one server after the other to end, by SIGTERM, and waits a second for it
-        worker._global_node.kill_all_processes = end  # type: ignore[attr-defined]  # annotated as None
+    if _servers:
+        _node().kill_all_processes = _end_all
     if any(map(has_ended, _servers.values())):
-        end()
+        _end_all()
     ray.shutdown()
+    adopt_orphans(False)
     kill(_servers.values())
     _servers.clear()
+    _others.clear()
 
 
-def _of_ray(package: Path) -> set[int]:
+def _end_all(**_: bool) -> None:
+    for _round in range(3):  # a raylet may have started one more meanwhile
+        kill(handles(_of_ray()))
+
+
+def _of_ray() -> set[int]:
     """Ray's processes below this one, and all that they have started."""
-    own = {
-        pid for pid, command in below(os.getpid()).items() if command.startswith("ray::") or f"{package}/" in command
-    }
-    return own.union(*map(below, own))
+    import ray
+
+    package = f"{Path(ray.__file__).parent}/"
+    found = {pid: command for pid, command in below(os.getpid()).items() if pid not in _others}
+    own = {pid for pid, command in found.items() if command.startswith("ray::") or package in command}
+    return own | below(*own).keys()

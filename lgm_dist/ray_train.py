@@ -6,6 +6,7 @@ import dataclasses
 import faulthandler
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,11 @@ from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist
 from lgm_dist.memory import ONE_ARENA, keep_freed_memory
 from lgm_dist.metrics import METRICS
 from lgm_dist.progress import Progress
-from lgm_dist.ray_cluster import RayEnded, connect, disconnect, on_cluster, outcome
+from lgm_dist.ray_cluster import RayEnded, connect, disconnect, on_cluster, outcome, prepare_for_ray
 from lgm_dist.tracking import Mirror
 from lgm_dist.training import STOP, NotFinite, Report, stop_on_signals, train_fn
+
+_FOR_EVER = 10**6  # seconds
 
 
 def fit(config: Config, group: str = "") -> Path:
@@ -38,11 +41,14 @@ def fit(config: Config, group: str = "") -> Path:
     """
     job = make_job(config)
     run = Path(job.run)
-    with owned(run), Progress(run, config), Mirror(run, config, group):
+    with owned(run), Progress(run, config), Mirror(run, config, group), stop_on_signals(run):
         train(job)
         if not (run / RESULT).exists():
-            state = checkpoint.load_model(checkpoint.newest(run))[2]
-            raise RunFailed(f"stopped with a checkpoint of step {state.step}; the same command goes on from it")
+            kept = checkpoint.states_of(run)
+            if not kept:
+                raise RunFailed("stopped before its first checkpoint; the same command begins again")
+            step = list(kept.values())[-1].step
+            raise RunFailed(f"stopped with a checkpoint of step {step}; the same command goes on from it")
         picture(job)
     return run
 
@@ -52,12 +58,12 @@ def train(job: Job, report: Report | None = None) -> None:
     config = Config.from_dict(job.config)
     for name in (STOP, RESULT):  # of an earlier start, which may have had fewer epochs to do
         (Path(job.run) / name).unlink(missing_ok=True)
-    if config.workers:
-        _train_with_ray(job, config)
-    else:
-        keep_freed_memory()
-        torch.set_num_threads(job.threads)
-        with stop_on_signals(Path(job.run)):
+    with stop_on_signals(Path(job.run)) as listen:
+        if config.workers:
+            _train_with_ray(job, config, listen)
+        else:
+            keep_freed_memory()
+            torch.set_num_threads(job.threads)
             train_fn(job, Worker(device=device_of(config)), report)
 
 
@@ -74,32 +80,33 @@ def picture(job: Job) -> None:
     plots.weights(run)
 
 
-def _train_with_ray(job: Job, config: Config) -> None:
+def _train_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> None:
     """Trains in a Ray of our own or a cluster's; once more, and in a new Ray of our own, where all but the workers failed."""
     # Ray Train's own limit is for workers that do not even answer it, such as stopped ones; 0 would be none at all
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_seconds or 10**9)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_seconds or _FOR_EVER)
     what = ""
     for attempt in range(config.max_failures + 1):
         if attempt:
             tell(f"{what}; training starts again from the last checkpoint")
-        what = _fit_with_ray(job, config)
+        what = _fit_with_ray(job, config, listen)
         if not what or (Path(job.run) / STOP).exists():
             return
     raise RunFailed(f"{what}, as often before; the same command goes on from the last checkpoint")
 
 
-def _fit_with_ray(job: Job, config: Config) -> str:
+def _fit_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> str:
     """Returns how Ray or Ray Train's controller failed, "" where they did not. Raises RunFailed where the workers did."""
-    started = connect(max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads), dashboard=False)
+    prepare_for_ray()
     import ray
     from ray.train import ControllerError, WorkerGroupError
 
     pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
+    cpus, started = max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads), True
     try:
-        alone = started and not on_cluster()
-        with stop_on_signals(Path(job.run)):  # Ray has set handlers of its own by now
-            future = pool.submit(_trainer(job, config, alone).fit)
-            failure = outcome(future, partial(_sign_of_life, Path(job.run)), _patience(config)).return_value
+        started = connect(cpus, dashboard=False)
+        listen()  # Ray has set handlers of its own by now
+        future = pool.submit(_trainer(job, config, alone=started and not on_cluster()).fit)
+        failure = outcome(future, partial(_sign_of_life, Path(job.run)), _patience(config)).return_value
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error.worker_failures)) from error
     except (ControllerError, ray.exceptions.RayActorError) as error:
@@ -158,7 +165,8 @@ def _trainer(job: Job, config: Config, alone: bool) -> Any:
             use_gpu=gpu,
             resources_per_worker={"CPU": job.threads, **({"GPU": 1} if gpu else {})},
         ),
-        torch_config=OwnAddress(backend="nccl" if gpu else "gloo"),
+        # for a worker to meet the others, too, for which it has to load torch
+        torch_config=OwnAddress("nccl" if gpu else "gloo", timeout_s=max(60, config.hang_seconds or _FOR_EVER)),
         run_config=RunConfig(  # type: ignore[call-arg]  # Ray's annotations show the old class, without logging_config
             name="checkpoints",  # Ray Train's own files lie beside the checkpoints that it is told of
             storage_path=job.run,

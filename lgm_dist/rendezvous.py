@@ -1,4 +1,4 @@
-"""How the workers of a run meet: a process group whose every socket is on the address by which Ray knows the node.
+"""How the workers of a run meet: a process group whose store listens on the address by which Ray knows the node.
 
 torch's own store listens on all interfaces, and whoever reaches it can change what the workers tell each other.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from typing import Any
 
 import ray
-from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
 from torch import distributed
@@ -32,15 +32,20 @@ class _Rendezvous(Backend):
 
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Raises what ended a worker meanwhile, and GetTimeoutError for one that is stopped."""
         assert isinstance(backend_config, TorchConfig)
-        size = len(worker_group)
+        size, limit = len(worker_group), backend_config.timeout_s
         if size == 1:
             return
-        place = worker_group.execute_single(0, _listen, size)
-        how = (size, place, backend_config.backend, backend_config.timeout_s)
-        met = [worker_group.execute_single_async(rank, _meet, rank, *how) for rank in range(size)]
-        ray.get(met)  # type: ignore[arg-type]  # Ray has two classes of this name
+        try:
+            place = ray.get(worker_group.execute_single_async(0, _listen, size), timeout=limit)
+            how = (size, place, backend_config.backend, limit)
+            met = [worker_group.execute_single_async(rank, _meet, rank, *how) for rank in range(size)]
+            ray.get(met, timeout=limit)
+        except BaseException:
+            worker_group._clear_state()  # else Ray Train takes it for started, and never gives its resources back
+            raise
 
 
 def _listen(size: int) -> tuple[str, int]:

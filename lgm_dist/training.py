@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import signal
@@ -125,20 +126,38 @@ def _peak_memory(worker: Worker) -> float:
 
 
 @contextmanager
-def stop_on_signals(run: Path) -> Iterator[None]:
-    """SIGTERM (`ray job stop`) and the first Ctrl-C end the run after its step with a checkpoint; a second Ctrl-C, at once."""
+def stop_on_signals(run: Path) -> Iterator[Callable[[], None]]:
+    """SIGTERM (`ray job stop`) and the first Ctrl-C end the run after its step with a checkpoint; a second Ctrl-C, at once.
+
+    What it gives makes it so again where somebody, such as Ray, has set handlers meanwhile.
+    """
 
     def ask(number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and (run / STOP).exists():
             raise KeyboardInterrupt
-        (run / STOP).touch()
+        try:
+            (run / STOP).touch()
+        except OSError:  # a storage that is away
+            threading.Thread(target=_until_written, args=(run / STOP,), daemon=True).start()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    def listen() -> None:
+        for number in before:
+            signal.signal(number, ask)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # signals are its own
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    listen()
     try:
-        yield
+        yield listen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _until_written(path: Path) -> None:
+    while True:
+        with contextlib.suppress(OSError):
+            path.touch()
+            return
+        time.sleep(0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,11 +49,30 @@ def test_children_of_children_are_found_and_stopped_ones_ended() -> None:
     assert shell.wait() == 0  # as another has asked before
 
 
+def test_a_name_that_is_cut_within_a_letter_is_no_matter(tmp_path: Path) -> None:
+    """The kernel keeps 15 bytes of it."""
+    program = tmp_path / "абвгдежз"
+    shutil.copy(shutil.which("sleep") or "", program)
+    process = subprocess.Popen([program, "1000"])
+    while process.pid not in below(os.getpid()) or not below(os.getpid())[process.pid].startswith(str(program)):
+        time.sleep(0.01)  # until it has become that program
+    with pytest.raises(UnicodeDecodeError):
+        Path(f"/proc/{process.pid}/stat").read_bytes().decode()
+    kill(handles([process.pid]))
+    process.wait()
+
+
+def test_without_descriptors_of_processes_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with some builds of Python for Linux, and on other systems."""
+    monkeypatch.delattr(os, "pidfd_open")
+    assert handles([os.getpid()]) == []
+
+
 ADOPTS = """
 import os, subprocess
 from lgm_dist.processes import adopt_orphans, below, handles, kill
 
-adopt_orphans()
+adopt_orphans(True)
 shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!"], stdout=subprocess.PIPE, text=True)
 orphan = int(shell.stdout.readline())
 shell.wait()

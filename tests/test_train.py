@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,22 @@ class TestUnderRay:
         rows = read_metrics(tmp_path / "run")
         assert 10 <= len(rows) < 4000
         assert list(digests(tmp_path / "run")) == [f"step-{len(rows):08d}"]
+
+    def test_workers_of_whom_one_dies_while_they_meet_make_room_for_others(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ray Train keeps the resources of such workers, so that the next ones would wait for ever."""
+        import deadly_workers  # here, as it loads Ray
+        import ray
+
+        from lgm_dist import rendezvous
+
+        met = tmp_path / "met"
+        ray.cloudpickle.register_pickle_by_value(deadly_workers)
+        monkeypatch.setattr(rendezvous, "OwnAddress", partial(deadly_workers.DiesOnce, init_method=str(met)))
+        run = fit(config(tiny, tmp_path, workers=2, cpus_per_worker=1, steps_per_epoch=4))
+        assert met.exists()
+        assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
 
     def test_killed_and_hung_workers_are_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
         long = config(tiny, tmp_path, workers=1, cpus_per_worker=1, steps_per_epoch=60, eval_every=10)

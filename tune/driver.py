@@ -76,8 +76,9 @@ def search(folder: Path) -> None:
         live.close()
         if started:
             disconnect()
-    ended = sum(trial.status != "running" for trial in read_sweep(folder).trials)
-    if ended < spec["samples"]:  # else an unfinished trial could win, and be evaluated on test
+    trials = read_sweep(folder).trials
+    ended = sum(trial.status != "running" for trial in trials)
+    if ended < max(spec["samples"], len(trials)):  # else an unfinished trial could win, and be evaluated on test
         again = f"tune/sweep.py --storage {folder.parent} --name {folder.name} --resume"
         raise RunFailed(f"stopped with {ended} of {spec['samples']} trials at their end; `{again}` goes on")
 
