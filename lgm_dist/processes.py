@@ -49,6 +49,14 @@ def handles(pids: Iterable[int]) -> list[int]:
     return found
 
 
+def have_handles() -> bool:
+    """Whether `handles` knows a process that there is."""
+    own = handles([os.getpid()])
+    for process in own:
+        os.close(process)
+    return bool(own)
+
+
 def has_ended(process: int, seconds: float = 0) -> bool:
     """Whether the process that a descriptor of `handles` stands for has, or does within that time."""
     poll = select.poll()

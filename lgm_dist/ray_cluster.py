@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lgm_dist.memory import ONE_ARENA
-from lgm_dist.processes import adopt_orphans, below, handles, has_ended, kill
+from lgm_dist.processes import adopt_orphans, below, handles, has_ended, have_handles, kill
 
 Result = TypeVar("Result")
 
@@ -99,11 +99,8 @@ def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = Tru
     prepare_for_ray()
     import ray
 
-    watched = handles([os.getpid()])  # as nothing would be without such descriptors
-    for handle in watched:
-        os.close(handle)
     _others.update(below(os.getpid()))
-    with _without_sigterm() if watched else nullcontext():
+    with _without_sigterm() if have_handles() else nullcontext():  # else Ray's own ways need it
         ray.init(
             "local",
             num_cpus=cpus,
@@ -168,7 +165,7 @@ def disconnect() -> None:
     """
     import ray
 
-    if _servers:
+    if _servers and _node():
         _node().kill_all_processes = _end_all
     if any(map(has_ended, _servers.values())):
         _end_all()

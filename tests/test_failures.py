@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from lgm_dist.engine import Worker, make_optimizer, train_step
 from lgm_dist.job import make_job
 from lgm_dist.metrics import read_metrics
 from lgm_dist.ray_train import train
-from lgm_dist.training import build_model
+from lgm_dist.training import STOP, build_model, stop_on_signals
 
 
 def trained(config: Config) -> Path:
@@ -143,6 +144,18 @@ def test_workers_agree_on_the_episode_that_is_not_finite(small: Config, tmp_path
 
 
 # Storage
+
+
+def test_a_stop_that_the_storage_does_not_take_is_asked_for_again(tmp_path: Path) -> None:
+    run = tmp_path / "away"
+    with stop_on_signals(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        run.mkdir()
+        end = time.monotonic() + 10
+        while not (run / STOP).exists() and time.monotonic() < end:
+            time.sleep(0.05)
+    assert (run / STOP).exists()
 
 
 def in_a_process(work: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lgm_dist.processes import below, handles, has_ended, kill
+from lgm_dist.processes import below, handles, has_ended, have_handles, kill
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,8 +64,10 @@ def test_a_name_that_is_cut_within_a_letter_is_no_matter(tmp_path: Path) -> None
 
 def test_without_descriptors_of_processes_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with some builds of Python for Linux, and on other systems."""
+    assert have_handles()
     monkeypatch.delattr(os, "pidfd_open")
     assert handles([os.getpid()]) == []
+    assert not have_handles()
 
 
 ADOPTS = """
