@@ -6,8 +6,9 @@ import dataclasses
 import faulthandler
 import logging
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,11 @@ def _fit_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> str:
     import ray
     from ray.train import ControllerError, WorkerGroupError
 
-    pool = ThreadPoolExecutor(1)  # not in this thread, where Ray Train would take Ctrl-C for itself
     cpus, started = max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads), True
     try:
         started = connect(cpus, dashboard=False)
         listen()  # Ray has set handlers of its own by now
-        future = pool.submit(_trainer(job, config, alone=started and not on_cluster()).fit)
+        future = _in_thread(_trainer(job, config, alone=started and not on_cluster()).fit)
         failure = outcome(future, partial(_sign_of_life, Path(job.run)), _patience(config)).return_value
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error.worker_failures)) from error
@@ -115,12 +115,28 @@ def _fit_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> str:
         started = True  # whoever did: it is over
         return str(error)
     finally:
-        pool.shutdown(wait=False)
         if started:
             disconnect()
     if failure:
         raise RunFailed(failure)
     return ""
+
+
+def _in_thread(fit: Callable[[], Any]) -> Future[Any]:
+    """What it returns, from a thread of its own, as Ray Train would take this one's Ctrl-C for itself.
+
+    Nobody waits for that thread at the end: where Ray has been killed under it, it may never come back.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(fit())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _sign_of_life(run: Path) -> object:
