@@ -9,15 +9,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lgm_dist.memory import ONE_ARENA
 from lgm_dist.processes import adopt_orphans, below, handles, has_ended, have_handles, kill
-
-Result = TypeVar("Result")
 
 RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every socket of a local Ray on 127.0.0.1
@@ -136,24 +133,28 @@ def _without_sigterm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outcome(future: Future[Result], sign: Callable[[], object], seconds: float) -> Result:
-    """Its result, waited for. Raises RayEnded where the Ray of this process goes first, or the sign of life that it has given
-    does not change for so long (0: for ever).
+class Watch:
+    """Called now and then, raises RayEnded where the Ray of this process has ended, or where the given sign of life, once it
+    has changed, has not changed again for so many seconds (0: for ever).
 
     Ray itself learns of its raylet's end a quarter of a minute later, and of its gcs_server's never: all steps get slower until
     it aborts this process, after a minute. For a stopped controller of Ray Train it would wait for ever.
     """
-    first = last = sign()
-    since = time.monotonic()
-    while not wait([future], timeout=0.5).done:
+
+    def __init__(self, sign: Callable[[], object], seconds: float) -> None:
+        self._sign, self._seconds = sign, seconds
+        self._first = self._last = sign()
+        self._since = time.monotonic()
+
+    def __call__(self) -> None:
         for name, process in _servers.items():
             if has_ended(process):
                 raise RayEnded(f"Ray's {name} has ended")
-        if sign() != last:
-            last, since = sign(), time.monotonic()
-        if _servers and seconds and last != first and time.monotonic() - since > seconds:
-            raise RayEnded(f"nothing has happened for {seconds:g} s")
-    return future.result()
+        sign, now = self._sign(), time.monotonic()
+        if sign != self._last:
+            self._last, self._since = sign, now
+        elif _servers and self._seconds and sign != self._first and now - self._since > self._seconds:
+            raise RayEnded(f"nothing has happened for {self._seconds:g} s")
 
 
 def disconnect() -> None:

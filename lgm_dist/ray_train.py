@@ -6,9 +6,7 @@ import dataclasses
 import faulthandler
 import logging
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist
 from lgm_dist.memory import ONE_ARENA, keep_freed_memory
 from lgm_dist.metrics import METRICS
 from lgm_dist.progress import Progress
-from lgm_dist.ray_cluster import RayEnded, connect, disconnect, on_cluster, outcome, prepare_for_ray
+from lgm_dist.ray_cluster import RayEnded, Watch, connect, disconnect, on_cluster, prepare_for_ray
 from lgm_dist.tracking import Mirror
 from lgm_dist.training import STOP, NotFinite, Report, stop_on_signals, train_fn
 
@@ -105,8 +103,8 @@ def _fit_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> str:
     try:
         started = connect(cpus, dashboard=False)
         listen()  # Ray has set handlers of its own by now
-        future = _in_thread(_trainer(job, config, alone=started and not on_cluster()).fit)
-        failure = outcome(future, partial(_sign_of_life, Path(job.run)), _patience(config)).return_value
+        watch = Watch(partial(_sign_of_life, Path(job.run)), _patience(config))
+        failure = _trainer(job, config, started and not on_cluster(), watch).fit().return_value
     except WorkerGroupError as error:
         raise RunFailed(_first_failure(error.worker_failures)) from error
     except (ControllerError, ray.exceptions.RayActorError) as error:
@@ -120,23 +118,6 @@ def _fit_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> str:
     if failure:
         raise RunFailed(failure)
     return ""
-
-
-def _in_thread(fit: Callable[[], Any]) -> Future[Any]:
-    """What it returns, from a thread of its own, as Ray Train would take this one's Ctrl-C for itself.
-
-    Nobody waits for that thread at the end: where Ray has been killed under it, it may never come back.
-    """
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(fit())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _sign_of_life(run: Path) -> object:
@@ -154,7 +135,7 @@ def _patience(config: Config) -> float:
     return 3 * config.hang_seconds + 60 if config.hang_seconds else 0
 
 
-def _trainer(job: Job, config: Config, alone: bool) -> Any:
+def _trainer(job: Job, config: Config, alone: bool, watch: Callable[[], None]) -> Any:
     """`alone`: in a Ray of its own, which ends with it."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 
@@ -175,6 +156,7 @@ def _trainer(job: Job, config: Config, alone: bool) -> Any:
     return Trainer(
         _ray_worker,
         alone=alone,
+        watch=watch,
         train_loop_config=dataclasses.asdict(job),
         scaling_config=ScalingConfig(
             num_workers=(config.workers, config.max_workers) if config.max_workers else config.workers,  # type: ignore[arg-type]

@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from test_train import config, digests, history
 from lgm_dist import ray_cluster
 from lgm_dist.metrics import read_metrics
 from lgm_dist.processes import below, handles
-from lgm_dist.ray_cluster import RayEnded, outcome
+from lgm_dist.ray_cluster import RayEnded, Watch
 from lgm_dist.ray_train import fit
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +37,7 @@ def server(process: subprocess.Popen[str], name: str) -> int:
 
 @pytest.fixture
 def raylet(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that `outcome` takes for the one server of its Ray."""
+    """A process that a Watch takes for the one server of its Ray."""
     process = subprocess.Popen(["sleep", "1000"])
     (descriptor,) = handles([process.pid])
     monkeypatch.setattr(ray_cluster, "_servers", {"raylet": descriptor})
@@ -49,41 +47,47 @@ def raylet(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]
     os.close(descriptor)
 
 
-def later(seconds: float) -> Future[str]:
-    """Has a result after so many seconds."""
-    future: Future[str] = Future()
-    threading.Timer(seconds, future.set_result, ["trained"]).start()
-    return future
-
-
-def test_a_server_that_ends_is_noticed_at_once(raylet: subprocess.Popen[bytes]) -> None:
-    assert outcome(later(0.7), time.monotonic, 0) == "trained"
-    threading.Timer(0.7, raylet.kill).start()
-    start = time.monotonic()
+def test_a_server_that_has_ended_is_noticed(raylet: subprocess.Popen[bytes]) -> None:
+    watch = Watch(time.monotonic, 0)
+    watch()
+    raylet.kill()
+    raylet.wait()
     with pytest.raises(RayEnded, match=r"^Ray's raylet has ended$"):
-        outcome(later(5), time.monotonic, 0)
-    assert 0.7 <= time.monotonic() - start < 3
+        watch()
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, signs: str, seconds: float) -> int:
+    """A letter a second is the sign of life; after how many a Watch has had enough, or all of them."""
+    now = 0
+    monkeypatch.setattr(ray_cluster.time, "monotonic", lambda: float(now))
+    watch = Watch(lambda: signs[now], seconds)
+    try:
+        for now in range(1, len(signs)):  # noqa: B007
+            watch()
+    except RayEnded as error:
+        return now if str(error) == f"nothing has happened for {seconds:g} s" else -1
+    return len(signs)
 
 
 @pytest.mark.usefixtures("raylet")
-def test_a_run_that_has_begun_and_gives_no_sign_of_life_is_ended() -> None:
-    start = time.monotonic()
-    with pytest.raises(RayEnded, match=r"^nothing has happened for 2 s$"):
-        outcome(later(9), lambda: time.monotonic() < start + 1, 2)
-    assert 3 <= time.monotonic() - start < 6
+@pytest.mark.parametrize(
+    ("signs", "seconds", "seen"),
+    [
+        ("abbbbbbbb", 3, 5),  # since the 1st second
+        ("abbbcccccc", 3, 8),  # since the 4th
+        ("aaaaaaaaaaaa", 3, 12),  # it waits to begin
+        ("abcdefghijkl", 3, 12),  # it goes on
+        ("abbbbbbbbbbb", 0, 12),  # there is no limit
+    ],
+)
+def test_a_run_that_has_begun_and_gives_no_sign_of_life_is_ended(
+    signs: str, seconds: float, seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert watched(monkeypatch, signs, seconds) == seen
 
 
-@pytest.mark.usefixtures("raylet")
-def test_neither_a_run_that_waits_to_begin_is_nor_one_that_goes_on_or_has_no_limit() -> None:
-    start = time.monotonic()
-    assert outcome(later(2.6), lambda: "waits for room", 1) == "trained"
-    assert outcome(later(2.6), time.monotonic, 1) == "trained"
-    assert outcome(later(2.6), lambda: time.monotonic() < start + 5.5, 0) == "trained"
-
-
-def test_a_clusters_ray_is_left_to_the_cluster() -> None:
-    start = time.monotonic()
-    assert outcome(later(2.6), lambda: time.monotonic() < start + 0.2, 1) == "trained"
+def test_a_clusters_ray_is_left_to_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watched(monkeypatch, "abbbbbbbbbbb", 3) == 12
 
 
 @pytest.mark.ray
