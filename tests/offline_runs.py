@@ -13,7 +13,12 @@ Records = list[dict[str, Any]]
 
 def folders(run: Path) -> list[Path]:
     """The offline folders in a run's folder, one a start, oldest first."""
-    return sorted((run / "wandb").glob("offline-run-*"))
+
+    def start(folder: Path) -> tuple[str, int]:
+        """The second in its name, and its time within that second: the id at the end of the name tells none."""
+        return folder.name.rpartition("-")[0], folder.stat().st_mtime_ns
+
+    return sorted((run / "wandb").glob("offline-run-*"), key=start)
 
 
 def inspect(folder: Path) -> Records:

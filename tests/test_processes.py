@@ -37,8 +37,8 @@ def test_children_of_children_are_found_and_stopped_ones_ended() -> None:
     shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
     assert shell.stdout
     sleeper = int(shell.stdout.readline())
-    found = below(os.getpid())
-    assert found[sleeper] == "sleep 1000 "
+    while (found := below(os.getpid()))[sleeper] != "sleep 1000 ":
+        time.sleep(0.01)  # until the shell's copy of itself has become that program
     assert list(found).index(shell.pid) < list(found).index(sleeper)
     assert list(below(shell.pid)) == [sleeper]
     os.kill(sleeper, signal.SIGSTOP)
@@ -71,13 +71,15 @@ def test_without_descriptors_of_processes_there_are_none(monkeypatch: pytest.Mon
 
 
 ADOPTS = """
-import os, subprocess
+import os, subprocess, time
 from lgm_dist.processes import adopt_orphans, below, handles, kill
 
 adopt_orphans(True)
 shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!"], stdout=subprocess.PIPE, text=True)
 orphan = int(shell.stdout.readline())
 shell.wait()
+while "sh -c" in str(below(os.getpid())):
+    time.sleep(0.01)  # until the shell's copy of itself has become that program
 print(orphan, below(os.getpid()))
 kill(handles([orphan]))
 print(below(os.getpid()))
