@@ -40,7 +40,7 @@ from lgm_dist import checkpoint
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_noise, draw_rows
-from lgm_dist.engine import Score, Worker, answers, embed_images, own_draws
+from lgm_dist.engine import Score, Worker, answers, arithmetic, embed_images, own_draws
 from lgm_dist.model import LGMNet
 
 ANALYSIS = "analysis.json"
@@ -52,6 +52,7 @@ Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 
 
+@arithmetic()
 def analyse(run: Path, bank: ImageBank) -> dict[str, Any]:
     """Analyses the run's checkpoint that was best on val, on the bank's split; writes and returns analysis.json.
 

@@ -120,9 +120,10 @@ class Config:
     noise: Literal["sample", "mean"] = "sample"
     """Noise of the generated weights in training: drawn, or at its mean."""
 
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: training computes in bfloat16 where that is safe (weights, statistics and the matching head stay float32), for
-    GPUs and for CPUs with AVX512-BF16; without it a CPU gets slower. Evaluation is always float32."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """tf32: training's convolutions read their factors to ten bits, on GPUs from Ampere on. bf16: training computes in bfloat16
+    where that is safe (weights, statistics and the matching head stay float32), for GPUs and for CPUs with AVX512-BF16; without
+    it a CPU gets slower. Evaluation is always float32."""
 
     workers: int = 1
     """Ray Train workers; 0 trains in this process, without Ray. On the command line also MIN:MAX, see max_workers."""
@@ -162,7 +163,7 @@ class Config:
             _not_negative(self, name)
         _choice(self, "protocol", get_args(Protocol))
         _choice(self, "noise", ("sample", "mean"))
-        _choice(self, "precision", ("float32", "bf16"))
+        _choice(self, "precision", ("float32", "tf32", "bf16"))
         _choice(self, "device", ("auto", "cpu", "cuda"))
         _choice(self, "wandb", ("auto", "online", "offline", "disabled"))
         if self.ways < 2:

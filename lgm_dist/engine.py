@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,9 +104,10 @@ def train_step(
 
 def gradients(model: nn.Module, batch: EpisodeBatch, config: Config, weight: float = 1.0) -> Tensor:
     """The part of `train_step` before the optimizer: adds to the parameters' gradients, returns the step's figures (3,)."""
-    log_p = log_probabilities(model, batch, config)  # (B, T, N)
-    loss = weight * F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
-    loss.backward()
+    with arithmetic(tf32=config.precision == "tf32"):
+        log_p = log_probabilities(model, batch, config)  # (B, T, N)
+        loss = weight * F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
+        loss.backward()
     grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # ()
     accuracy = weight * (log_p.argmax(-1) == batch.labels).float().mean()  # ()
     return torch.stack([loss.detach(), accuracy, grad_norm])  # (3,)
@@ -117,6 +119,13 @@ def apply(optimizer: torch.optim.Optimizer, config: Config, step: int, figures: 
     # fused Adam then leaves weights and its own state alone: those that gave the loss, for `diagnosis` to look at
     optimizer.found_inf = (~torch.isfinite(figures[2])).float()  # type: ignore[attr-defined]  # ()
     optimizer.step()
+
+
+@contextmanager
+def arithmetic(*, tf32: bool = False) -> Iterator[None]:
+    """How a GPU convolves meanwhile: the same bits each time, and in float32 to its last bit unless `tf32`."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
+        yield
 
 
 def log_probabilities(model: nn.Module, batch: EpisodeBatch, config: Config) -> Tensor:
@@ -168,6 +177,7 @@ class Evaluation:
 
 
 @torch.no_grad()
+@arithmetic()
 def evaluate(
     model: LGMNet,
     bank: ImageBank,

@@ -21,13 +21,13 @@ from lgm_dist import checkpoint, diagnosis
 from lgm_dist.cli import RunFailed
 from lgm_dist.collectives import data_parallel
 from lgm_dist.config import SPLITS, Config
-from lgm_dist.data import EpisodeBatch, open_bank, sample_episodes
-from lgm_dist.data.device import DeviceSampler
-from lgm_dist.engine import Worker, evaluate, make_optimizer, train_step
+from lgm_dist.data import open_bank
+from lgm_dist.engine import Worker, evaluate, make_optimizer
 from lgm_dist.job import Job, persist, write_facts, write_result
 from lgm_dist.memory import peak_memory
 from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
+from lgm_dist.steps import make_steps
 
 STOP = "stop"
 """A file of this name in a run's folder asks its workers to end after their step, with a checkpoint."""
@@ -42,11 +42,9 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     banks = {split: open_bank(job.manifest, split, job.cache) for split in SPLITS}
     model = build_model(config, worker)
     parallel = data_parallel(model, worker)
-    sample: Callable[[int, int], EpisodeBatch] = partial(sample_episodes, banks["train"], config, "train")
-    if worker.device.startswith("cuda") and config.protocol == "standard":
-        sample = DeviceSampler(banks["train"], config, worker.device)
     optimizer = make_optimizer(model, config)
     state = checkpoint.restore(run, model, optimizer)
+    take_step = make_steps(model, parallel.train(), optimizer, banks["train"], config, worker)
     written: Callable[..., Any] = partial(persist, run, config.storage_seconds)
     log = written(MetricsLog, run, state.step) if worker.rank == 0 else None
     if log:
@@ -55,14 +53,11 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     for step in range(state.step, config.steps):
         _not_hung(config)
         start = time.monotonic()
-        first, count = worker.slice_of(step * config.meta_batch, config.meta_batch)
-        batch = sample(first, count).to(worker.device)
-        weight = count * worker.world_size / config.meta_batch  # 1 unless elastic workers have slices of unequal size
-        figures = train_step(parallel.train(), optimizer, batch, config, step, weight)
+        figures = take_step(step)
         asked = torch.tensor([float(worker.rank == 0 and (run / STOP).exists())], device=worker.device)
         loss, accuracy, grad_norm, stop = worker.mean(torch.cat([figures, asked])).tolist()
         if not math.isfinite(loss + grad_norm):
-            raise NotFinite(diagnosis.explain(model, batch, config, step, worker), run)
+            raise NotFinite(diagnosis.explain(model, take_step.batch(step), config, step, worker), run)
         metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
         metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
         metrics["speed/episodes_per_s"] = config.meta_batch / (time.monotonic() - start)
@@ -121,8 +116,10 @@ def build_model(config: Config, worker: Worker) -> LGMNet:
 
 def _peak_memory(worker: Worker) -> float:
     """Most bytes that this worker has had in memory so far: on the GPU where it trains on one."""
-    on_gpu = worker.device.startswith("cuda")
-    return float(torch.cuda.max_memory_allocated() if on_gpu else peak_memory())
+    if not worker.device.startswith("cuda"):
+        return float(peak_memory())
+    # many times faster than max_memory_allocated(), which a GPU would wait for at every step
+    return float(torch.cuda.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"])
 
 
 @contextmanager

@@ -81,13 +81,7 @@ def _gpu(flags: argparse.Namespace) -> Iterator[Section]:
         raise ValueError(
             "gpu: this machine has no CUDA device that torch can use; run it where torch.cuda.is_available()"
         )
-    torch.backends.cudnn.benchmark = True
-    timed = gpu.gpu(gpu.random_bank(), flags.rounds)
-    yield timed
-    if flags.steps:
-        seconds = {way: min(values) for way, values in timed.values["seconds"].items() if way in gpu.WAYS}
-        way = min(seconds, key=seconds.__getitem__)
-        yield gpu.run(_bank(flags, "train"), _bank(flags, "test"), flags.steps, way)
+    yield gpu.gpu(gpu.random_bank(), flags.rounds)
 
 
 Part = Callable[[argparse.Namespace], Iterable[Section]]
@@ -119,12 +113,6 @@ def _parser() -> argparse.ArgumentParser:
         help="data: peers to time in turn (default: those installed)",
     )
     parser.add_argument("--model", action="store_true", help="scaling: 8 to 1,024 workers on paper")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=0,
-        help="gpu: then train on --data so many steps (the paper's run: 120000) and evaluate",
-    )
     parser.add_argument("--markdown", action="store_true", help="tables alone, as the README holds them")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON file (default: %(default)s)")
     return parser

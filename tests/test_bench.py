@@ -132,16 +132,9 @@ def test_steps_on_a_device_are_timed_and_what_fails_says_why(monkeypatch: pytest
     graph = "float32, CUDA graph"
     ways = ("float32", *([] if torch.cuda.is_available() else [graph]))
     section = gpu.gpu(open_bank(tiny, "train"), 1, device="cpu", ways=ways, meta_batch=2)
-    assert [row[0] for row in section.rows] == ["sampling alone", *ways]
-    assert section.values["seconds"]["float32"][0] > section.values["seconds"]["sampling alone"][0] > 0
-    assert (not torch.cuda.is_available() and section.rows[2][1] == "failed" and section.rows[2][3]) or len(ways) == 1
-
-
-def test_the_trained_network_of_a_device_is_evaluated(tiny: Path) -> None:
-    train, test = (open_bank(tiny, split) for split in ("train", "test"))
-    section = gpu.run(train, test, 2, "float32", device="cpu", meta_batch=2, settings=((2, 1), (3, 1)), episodes=4)
-    assert [row[0] for row in section.rows] == ["2-way 1-shot", "3-way 1-shot"]
-    assert all(0 <= accuracy <= 1 for accuracy, _ in section.values["accuracy"].values())
+    assert [row[0] for row in section.rows] == [*ways]
+    assert section.values["seconds"]["float32"][0] > 0
+    assert (not torch.cuda.is_available() and section.rows[1][1] == "failed" and section.rows[1][3]) or len(ways) == 1
 
 
 @pytest.mark.parametrize(

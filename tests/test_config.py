@@ -27,7 +27,7 @@ CONFIG_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"protocol": "theirs"}, "protocol ('theirs') must be one of standard, paper"),
     ({"noise": "none"}, "noise ('none') must be one of sample, mean"),
-    ({"precision": "fp16"}, "precision ('fp16') must be one of float32, bf16"),
+    ({"precision": "fp16"}, "precision ('fp16') must be one of float32, tf32, bf16"),
     ({"device": "tpu"}, "device ('tpu') must be one of auto, cpu, cuda"),
     ({"wandb": "dryrun"}, "wandb ('dryrun') must be one of auto, online, offline, disabled"),
     ({"ways": 1}, "ways (1) must be at least 2; an episode of one class has nothing to tell apart"),

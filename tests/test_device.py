@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from test_episodes import make_bank
 
-from lgm_dist.bench.gpu import DeviceSteps
-from lgm_dist.config import Config, ModelConfig, Split
+from lgm_dist.config import Config, ModelConfig, Protocol, Split
 from lgm_dist.data import sample_episodes
 from lgm_dist.data.device import DeviceSampler, choose, philox
-from lgm_dist.engine import make_optimizer, train_step
+from lgm_dist.engine import Worker, gradients, make_optimizer
 from lgm_dist.model import LGMNet
+from lgm_dist.steps import AHEAD, DeviceSteps, HostSteps, make_steps
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
+Precision = Literal["float32", "tf32", "bf16"]
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
+SMALL = Config(ways=3, shot=1, query=2, meta_batch=4, model=ModelConfig(filters=8))
 CONFIG = Config(ways=4, shot=2, query=3, eval_query=5, seed=2**63 + 5, eval_seed=7)
 
 
@@ -38,10 +40,10 @@ def test_published_vectors(counter: list[int], key: list[int], words: str) -> No
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize(("protocol", "augment"), [("standard", True), ("standard", False), ("paper", True)])
 @pytest.mark.parametrize("start", [0, 2**40 + 3])
-def test_the_stream_is_that_of_numpy(device: str, split: Split, augment: bool, start: int) -> None:
-    bank, config = make_bank([9, 14, 30, 8, 11], split), replace(CONFIG, augment=augment)
+def test_the_stream_is_that_of_numpy(device: str, split: Split, protocol: Protocol, augment: bool, start: int) -> None:
+    bank, config = make_bank([9, 14, 30, 8, 11], split), replace(CONFIG, protocol=protocol, augment=augment)
     ours, known = DeviceSampler(bank, config, device)(start, 6), sample_episodes(bank, config, split, start, 6)
     assert torch.equal(ours.images.cpu(), known.images)
     assert torch.equal(ours.support.cpu(), known.support)
@@ -51,9 +53,9 @@ def test_the_stream_is_that_of_numpy(device: str, split: Split, augment: bool, s
     assert ours.images.stride() == known.images.stride(), "channels last"
 
 
-def test_the_first_episode_may_be_a_tensor_and_episodes_do_not_depend_on_their_neighbours() -> None:
+def test_episodes_do_not_depend_on_their_neighbours() -> None:
     sampler = DeviceSampler(make_bank([9, 14, 30, 8, 11]), CONFIG, "cpu")
-    whole, part = sampler(100, 8), sampler(torch.tensor(103), 2)
+    whole, part = sampler(100, 8), sampler(103, 2)
     for name in ("images", "labels", "noise"):
         assert torch.equal(getattr(whole, name)[3:5], getattr(part, name))
 
@@ -69,31 +71,87 @@ def test_choose_is_popping_from_a_list() -> None:
 
 
 def test_what_it_cannot_make_is_one_sentence() -> None:
-    bank = make_bank([9, 14, 30, 8, 11])
-    with pytest.raises(ValueError, match=r"^protocol \(paper\) is not made on the device; use sample_episodes$"):
-        DeviceSampler(bank, replace(CONFIG, protocol="paper"), "cpu")
     with pytest.raises(ValueError, match="6 ways need 6 classes"):
-        DeviceSampler(bank, replace(CONFIG, ways=6), "cpu")
+        DeviceSampler(make_bank([9, 14, 30, 8, 11]), replace(CONFIG, ways=6), "cpu")
+
+
+def trained(device: str, config: Config) -> tuple[LGMNet, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = LGMNet(config.model).train().to(device)
+    return model, make_optimizer(model, config)
+
+
+def device_steps(
+    model: LGMNet, optimizer: torch.optim.Optimizer, config: Config, worker: Worker, *, graph: bool = False
+) -> DeviceSteps:
+    sampler = DeviceSampler(make_bank([9, 14, 30, 8, 11]), config, worker.device)
+    return DeviceSteps(model, model, optimizer, sampler, worker, graph=graph)
 
 
 @pytest.mark.parametrize(
     ("device", "graph"),
-    [("cpu", False), *(pytest.param("cuda", g, marks=DEVICES[1].marks) for g in (False, True))],  # type: ignore[union-attr]
+    [("cpu", False), *(pytest.param("cuda", g, marks=CUDA) for g in (False, True))],
 )
-def test_steps_made_on_the_device_are_the_steps(device: str, graph: bool) -> None:
+@pytest.mark.parametrize("protocol", ["standard", "paper"])
+def test_steps_made_on_the_device_are_the_steps(device: str, graph: bool, protocol: Protocol) -> None:
     """Losses, accuracies and gradient norms of the steps whose episodes numpy makes, and the averages after them."""
-    config = Config(ways=3, shot=1, query=2, meta_batch=4, augment=True, model=ModelConfig(filters=8))
-    bank, models = make_bank([9, 14, 30, 8, 11]), []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(LGMNet(config.model).train().to(device))
-    steps = DeviceSteps(
-        models[0], make_optimizer(models[0], config), DeviceSampler(bank, config, device), config, graph=graph
-    )
-    optimizer = make_optimizer(models[1], config)
-    for step in range(4):
-        batch = sample_episodes(bank, config, "train", 4 * step, 4).to(device)
-        known = train_step(models[1], optimizer, batch, config, step)
-        torch.testing.assert_close(steps(step), known, rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(models[0].buffers(), models[1].buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    config, worker = replace(SMALL, protocol=protocol), Worker(device=device)
+    (first, ours), (second, known) = (trained(device, config) for _ in range(2))
+    steps = device_steps(first, ours, config, worker, graph=graph)
+    plain = HostSteps(second, known, make_bank([9, 14, 30, 8, 11]), config, worker)
+    for step in (AHEAD - 2, AHEAD - 1, AHEAD, 5 * AHEAD + 3, 0):  # within a block, into the next, elsewhere and back
+        torch.testing.assert_close(steps(step), plain(step), rtol=1e-4, atol=1e-5)
+        assert torch.equal(steps.batch(step).images, plain.batch(step).images)
+    for mine, theirs in zip(first.buffers(), second.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_worker_takes_its_own_slice_and_weight() -> None:
+    """Of 4 episodes and 3 workers the last two slices hold 1 and 2: weights 3/4 and 6/4."""
+    bank, figures = make_bank([9, 14, 30, 8, 11]), []
+    for rank, (first, count) in enumerate([(0, 1), (1, 1), (2, 2)]):
+        worker = Worker(rank, 3)
+        steps = device_steps(*trained("cpu", SMALL), SMALL, worker)
+        wanted = sample_episodes(bank, SMALL, "train", 4 * 40 + first, count)
+        assert torch.equal(steps.batch(40).images, wanted.images)
+        assert torch.equal(steps.batch(40).labels, wanted.labels)
+        plain = HostSteps(*trained("cpu", SMALL), bank, SMALL, worker)
+        figures.append(plain(40))
+        torch.testing.assert_close(steps(40), figures[-1])
+    assert make_steps(*(object(),) * 3, bank, SMALL, Worker()).__class__ is HostSteps  # type: ignore[arg-type]
+
+
+@CUDA
+@pytest.mark.parametrize("protocol", ["standard", "paper"])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_the_same_steps_have_the_same_bits_wherever_they_begin(precision: Precision, protocol: Protocol) -> None:
+    """10 steps, and 4 of them in one process and 6 in the next, which begins with what the first has left."""
+    config = replace(SMALL, precision=precision, protocol=protocol)
+    (whole, optimizer), (part, before) = (trained("cuda", config) for _ in range(2))
+    steps = device_steps(whole, optimizer, config, Worker(device="cuda"), graph=True)
+    first = device_steps(part, before, config, Worker(device="cuda"), graph=True)
+    known, found = [steps(step) for step in range(10)], [first(step) for step in range(4)]
+    resumed, after = trained("cuda", config)
+    resumed.load_state_dict(part.state_dict())
+    after.load_state_dict(before.state_dict())
+    second = device_steps(resumed, after, config, Worker(device="cuda"), graph=True)
+    found += [second(step) for step in range(4, 10)]
+    assert torch.equal(torch.stack(known), torch.stack(found))
+    for mine, theirs in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@CUDA
+def test_float32_is_float32() -> None:
+    """The loss and gradient of float64 to 1e-5; TF32, which keeps ten bits, is farther from them."""
+    norms = {}
+    for precision in ("float64", "float32", "tf32"):
+        config = Config(meta_batch=4, precision="float32" if precision == "float64" else precision)  # type: ignore[arg-type]
+        model, _ = trained("cuda", config)
+        batch = sample_episodes(make_bank([9, 14, 30, 8, 11]), config, "train", 0, 4).to("cuda")
+        if precision == "float64":
+            model, batch = model.double(), replace(batch, images=batch.images.double(), noise=batch.noise.double())
+        norms[precision] = gradients(model, batch, config)[[0, 2]].double()
+    error = {name: float((value / norms["float64"] - 1).abs().max()) for name, value in norms.items()}
+    assert error["float32"] < 1e-5
+    assert 1e-5 < error["tf32"] < 1e-2

@@ -9,7 +9,7 @@ from golden_recipe import CASES, inputs, variables
 from torch.nn import functional as F
 
 from lgm_dist.config import Config
-from lgm_dist.engine import make_optimizer, set_rates
+from lgm_dist.engine import arithmetic, make_optimizer, set_rates
 from lgm_dist.model import LGMNet, load_tf_variables
 from lgm_dist.model.lgmnet import _unit, matching_features
 from lgm_dist.model.tensorflow import tf_names
@@ -98,21 +98,33 @@ def test_forward_float64_meets_the_published_tolerances(case, golden, training):
         assert np.abs(values[name].numpy() - expected).max() <= FLOAT64[name.split("[")[0]], name
 
 
-def test_whole_forward_equals_its_parts(case, golden):
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_whole_forward_equals_its_parts(case, golden, device):
     for training in (True, False):
-        model, (support, query, label, noise) = build(torch.float32, training), tensors(case, torch.float32)
-        log_p = model(support, query, CASES[case][0], noise)
+        model = build(torch.float32, training).to(device)
+        support, query, label, noise = (x.to(device) for x in tensors(case, torch.float32))
+        with arithmetic():
+            log_p = model(support, query, CASES[case][0], noise)
         expected = golden["train/loss" if training else "eval/loss"]
         assert abs(F.nll_loss(log_p[:, 0], label[:, 0]).item() - expected) <= 3 * FLOAT64["loss"]
 
 
-def test_moving_statistics_after_one_pass(case, golden):
-    model, (support, query, _, noise) = build(torch.float32, True), tensors(case, torch.float32)
-    model(support, query, CASES[case][0], noise)
+@pytest.mark.parametrize("device", DEVICES)
+def test_moving_statistics_after_one_pass(case, golden, device):
+    model = build(torch.float32, True).to(device)
+    support, query, _, noise = (x.to(device) for x in tensors(case, torch.float32))
+    with arithmetic():
+        model(support, query, CASES[case][0], noise)
     checked = 0
     for name, value in tf_names(model):
         if "moving_" in name:
-            assert np.abs(value.numpy() - golden[f"after1/{name}"]).max() <= 4e-7, name
+            assert np.abs(value.cpu().numpy() - golden[f"after1/{name}"]).max() <= 4e-7, name
             checked += 1
     assert checked == 12
 
@@ -135,10 +147,12 @@ def to_tf(name, value):
     return value.reshape(-1)
 
 
-def backward(case, dtype):
-    model, (support, query, label, noise) = build(dtype, True), tensors(case, dtype)
+def backward(case, dtype, device="cpu"):
+    model = build(dtype, True).to(device)
+    support, query, label, noise = (x.to(device) for x in tensors(case, dtype))
     optimizer = make_optimizer(model, Config())
-    F.nll_loss(model(support, query, CASES[case][0], noise)[:, 0], label[:, 0]).backward()
+    with arithmetic():
+        F.nll_loss(model(support, query, CASES[case][0], noise)[:, 0], label[:, 0]).backward()
     return model, optimizer
 
 
@@ -160,6 +174,16 @@ def test_gradients_in_float64(case, golden):
         assert abs(grad.norm().item() - golden[f"grad/{name}.l2"]) <= grad.norm().item() * relative + 1e-15, name
         checked += 1
     assert checked == 30
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gradients_on_a_gpu(case, golden):
+    """The norms, as a float32 run may break one max-pool tie the other way."""
+    model, _ = backward(case, torch.float32, "cuda")
+    for name, parameter in tf_names(model):
+        if isinstance(parameter, torch.nn.Parameter):
+            norm, expected = parameter.grad.norm().item(), float(golden[f"grad/{name}.l2"])
+            assert norm == pytest.approx(expected, rel=1e-3, abs=1e-7), name  # 0 before a normalisation, to rounding
 
 
 def test_one_adam_step(case, golden):

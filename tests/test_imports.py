@@ -15,7 +15,7 @@ LAYERS = {
     **dict.fromkeys(("config", "memory", "processes"), 0),
     **dict.fromkeys(("ray_cluster", "ray_trainer", "rendezvous", "data", "model", "cli", "flags", "metrics"), 1),
     "engine": 2,
-    **dict.fromkeys(("checkpoint_files", "collectives", "diagnosis", "progress"), 3),
+    **dict.fromkeys(("checkpoint_files", "collectives", "diagnosis", "progress", "steps"), 3),
     "checkpoint": 4,
     **dict.fromkeys(("job", "analysis", "sweeps", "panels"), 5),
     **dict.fromkeys(("plots", "wandb_process"), 6),

@@ -1,61 +1,108 @@
 """Episodes made where the model is: sampling, augmentation and normalisation by torch on any device, the images resident there.
 
 The same stream as `lgm_dist.data.episodes` makes in numpy, image for image: whole numbers and pixels are equal, noise up to
-the last bit of the device's logarithm and cosine. Nothing waits for the host, and the first episode may be a tensor, so a
-CUDA graph can hold all of it. Shapes as in `lgm_dist.data.episodes`.
+the last bit of the device's logarithm and cosine. Nothing waits for the host, so a CUDA graph can hold all of it. Shapes as in
+`lgm_dist.data.episodes`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lgm_dist.config import SPLITS, Config
+from lgm_dist.data.augment import ANGLES, rotate
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import EpisodeBatch, check_episodes, statistics
 from lgm_dist.data.philox import MULTIPLIERS, ROUNDS, WEYL, Purpose
 
 _LOW = 0xFFFFFFFF
+_AT_ONCE = 1024  # images that are rotated at a time
+
+
+class Drawn(NamedTuple):
+    """What was drawn for B episodes, on the device."""
+
+    rows: Tensor
+    """(B, S + T) int64: places in DeviceSampler.images, support first."""
+    labels: Tensor
+    """(B, T) int64"""
+    noise: Tensor
+    """(B, 2, Z) float32"""
+    y: Tensor
+    """(B, S + T, H) int16: the row of the image that each row of pixels shows."""
+    x: Tensor
+    """(B, S + T, W) int16: likewise, the columns."""
 
 
 class DeviceSampler:
-    """The stream of training episodes of protocol standard, made on `device`, where it keeps the bank's images (uint8).
+    """The stream of training episodes, made on `device`, where it keeps the bank's images.
 
-    Raises ValueError for protocol paper, whose rotations are made in numpy, and as `check_episodes` does.
+    They are uint8; under protocol paper, whose rotations keep what overshoots, float32 and there once for each of the five
+    angles: 61 KB an image of 32 x 32 pixels. Raises ValueError as `check_episodes` does.
     """
 
     def __init__(self, bank: ImageBank, config: Config, device: torch.device | str) -> None:
-        if config.protocol != "standard":
-            raise ValueError(f"protocol ({config.protocol}) is not made on the device; use sample_episodes")
         check_episodes(config, bank.split, bank.name, bank.counts.tolist(), bank.classes)
         self.config, self.split, self.device = config, bank.split, torch.device(device)
-        self.images = torch.from_numpy(np.array(bank.images)).to(self.device)  # (n, H, W, C)
+        pixels = _rotated(bank) if config.protocol == "paper" else torch.from_numpy(np.array(bank.images))
+        self.images = pixels.to(self.device)  # (n, H, W, C)
         self.offsets = torch.from_numpy(bank.offsets).to(self.device)  # (classes + 1,)
         self.mean, self.std = (torch.tensor(s, device=self.device) for s in statistics(bank, config))  # (C,)
         self.query = config.query if bank.split == "train" else config.eval_query
+        self.shifted = config.protocol == "standard" and config.augment and bank.split == "train"
 
-    def __call__(self, start: int | Tensor, count: int) -> EpisodeBatch:
-        """Episodes start … start + count - 1 of the stream; `start` a number or an int64 tensor () on the device."""
+    def __call__(self, start: int, count: int) -> EpisodeBatch:
+        """Episodes start … start + count - 1 of the stream."""
+        return self.make(self.draw(torch.arange(start, start + count, device=self.device)))
+
+    def draw(self, episodes: Tensor) -> Drawn:
+        """Draws the episodes of these numbers (B,), int64. Takes as long for many as for few: hundreds of small kernels."""
+        rows, labels = self._paper(episodes) if self.config.protocol == "paper" else self._standard(episodes)
+        return Drawn(rows, labels, self._noise(episodes), *self._places(episodes, rows.shape[1]))
+
+    def make(self, drawn: Drawn) -> EpisodeBatch:
+        """The episodes that were drawn, their images augmented and normalised."""
+        rows = drawn.rows
+        if self.shifted:
+            pixels = self.images[rows[..., None, None], drawn.y.long()[..., None], drawn.x.long()[..., None, :]]
+        else:
+            pixels = self.images[rows]  # (B, S+T, H, W, C)
+        images = ((pixels - self.mean) / self.std).permute(0, 1, 4, 2, 3)  # (B, S+T, C, H, W)
+        return EpisodeBatch(images, drawn.labels, drawn.noise, self.config.ways * self.config.shot)
+
+    def _standard(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (B, S + T) and labels (B, T): of each class its shots and its queries."""
         n, k, q = self.config.ways, self.config.shot, self.query
-        episodes = torch.arange(count, device=self.device) + start  # (B,)
-        rows = self.rows(episodes)  # (B, N, K+Q)
-        rows = torch.cat([rows[..., :k].flatten(1), rows[..., k:].flatten(1)], dim=1)  # (B, S+T)
-        images = ((self._pixels(episodes, rows) - self.mean) / self.std).permute(0, 1, 4, 2, 3)  # (B, S+T, C, H, W)
-        labels = torch.arange(n, device=self.device).repeat_interleave(q).expand(count, -1)  # (B, T)
-        return EpisodeBatch(images, labels, self.noise(episodes), n * k)
+        sizes, classes = self.offsets.diff(), self._classes(episodes)  # (classes,), (B, N)
+        words = (
+            self._words(Purpose.IMAGES, episodes, (k + q) * n).unflatten(1, (k + q, n)).transpose(1, 2)
+        )  # (B, N, K+Q)
+        rows = self.offsets[classes][..., None] + choose(words, sizes[classes])  # (B, N, K+Q)
+        labels = torch.arange(n, device=self.device).repeat_interleave(q).expand(len(episodes), -1)  # (B, T)
+        return torch.cat([rows[..., :k].flatten(1), rows[..., k:].flatten(1)], dim=1), labels
 
-    def rows(self, episodes: Tensor) -> Tensor:
-        """What is drawn for each of the episodes (B,): the bank's rows (B, N, K + Q), of each class its shots first."""
-        n, m = self.config.ways, self.config.shot + self.query
-        sizes = self.offsets.diff()  # (classes,)
-        classes = choose(self._words(Purpose.CLASSES, episodes, n), sizes.new_full((), len(sizes)))  # (B, N)
-        words = self._words(Purpose.IMAGES, episodes, m * n).unflatten(1, (m, n)).transpose(1, 2)  # (B, N, K+Q)
-        return self.offsets[classes][..., None] + choose(words, sizes[classes])  # (B, N, K+Q)
+    def _paper(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (B, S + 1) of the rotated images and labels (B, 1): one query, which is turned as its class is."""
+        k, n = self.config.shot, self.config.ways
+        sizes, classes = self.offsets.diff(), self._classes(episodes)  # (classes,), (B, N)
+        labels = below(self._words(Purpose.TARGET, episodes, 1), n)  # (B, 1)
+        index = choose(self._words(Purpose.IMAGES, episodes, k + 1), sizes[classes].min(1)[0])  # (B, K+1)
+        angles = below(self._words(Purpose.ROTATION, episodes, n), len(ANGLES))  # (B, N)
+        first = self.offsets[classes] + angles * (len(self.images) // len(ANGLES))  # (B, N)
+        support = (first[..., None] + index[:, None, :k]).flatten(1)  # (B, S)
+        return torch.cat([support, first.gather(1, labels) + index[:, k:]], dim=1), labels
 
-    def noise(self, episodes: Tensor) -> Tensor:
+    def _classes(self, episodes: Tensor) -> Tensor:
+        """(B, N)"""
+        there = self.offsets.new_full((), len(self.offsets) - 1)
+        return choose(self._words(Purpose.CLASSES, episodes, self.config.ways), there)
+
+    def _noise(self, episodes: Tensor) -> Tensor:
         """(B, 2, Z): Box-Muller in float64, then rounded."""
         words = self._words(Purpose.NOISE, episodes, 2 * self.config.model.noise_size)
         pairs = words.unflatten(1, (-1, 2)).double()  # (B, Z, 2)
@@ -64,11 +111,11 @@ class DeviceSampler:
         both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)  # (B, Z, 2)
         return both.float().view(len(episodes), 2, -1)
 
-    def _pixels(self, episodes: Tensor, rows: Tensor) -> Tensor:
-        """The images (B, S + T, H, W, C) uint8 of the rows (B, S + T), mirrored and moved where training is augmented."""
-        if not (self.config.augment and self.split == "train"):
-            return self.images[rows]
-        images = rows.shape[1]
+    def _places(self, episodes: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """y (B, S + T, H) and x (B, S + T, W) of images that are mirrored and moved; empty where none is."""
+        if not self.shifted:
+            empty = torch.empty(len(episodes), 0, dtype=torch.int16, device=self.device)
+            return empty, empty
         words = self._words(Purpose.FLIP_SHIFT, episodes, 3 * images).unflatten(1, (images, 3))  # (B, S+T, 3)
         height, width = self.images.shape[1:3]
         (up, down), (left, right) = ((size // 8, 2 * (size // 8) + 1) for size in (height, width))
@@ -76,8 +123,7 @@ class DeviceSampler:
         dy, dx = below(words[..., 1], down) - up, below(words[..., 2], right) - left  # (B, S+T)
         y = (torch.arange(height, device=self.device) - dy[..., None]).clamp(0, height - 1)  # (B, S+T, H)
         x = (torch.arange(width, device=self.device) - dx[..., None]).clamp(0, width - 1)  # (B, S+T, W)
-        x = torch.where(flip, width - 1 - x, x)
-        return self.images[rows[..., None, None], y[..., None], x[..., None, :]]
+        return y.to(torch.int16), torch.where(flip, width - 1 - x, x).to(torch.int16)
 
     def _words(self, purpose: Purpose, episodes: Tensor, count: int) -> Tensor:
         """`count` random words of 32 bits (B, count) of each of the episodes (B,), in int64; see `philox.draws`."""
@@ -88,6 +134,16 @@ class DeviceSampler:
         counter = (block.expand_as(episode), episode & _LOW, episode >> 32, stream)
         words = philox(counter, (seed & _LOW, seed >> 32))
         return torch.stack(words, dim=-1).flatten(1)[:, :count]
+
+
+def _rotated(bank: ImageBank) -> Tensor:
+    """All images by the first angle, by the second …: (ANGLES * n, H, W, C) float32."""
+    turned = torch.empty(len(ANGLES), *bank.images.shape)
+    for angle in range(len(ANGLES)):
+        for first in range(0, len(bank.images), _AT_ONCE):
+            piece = bank.images[first : first + _AT_ONCE]
+            turned[angle, first : first + len(piece)] = torch.from_numpy(rotate(piece, np.full(len(piece), angle)))
+    return turned.flatten(0, 1)
 
 
 Counter = tuple[Tensor, Tensor, Tensor, Tensor]
