@@ -121,9 +121,9 @@ class Config:
     """Noise of the generated weights in training: drawn, or at its mean."""
 
     precision: Literal["float32", "tf32", "bf16"] = "float32"
-    """tf32: training's convolutions read their factors to ten bits, on GPUs from Ampere on. bf16: training computes in bfloat16
-    where that is safe (weights, statistics and the matching head stay float32), for GPUs and for CPUs with AVX512-BF16; without
-    it a CPU gets slower. Evaluation is always float32."""
+    """tf32: training's convolutions and matrix products read their factors to ten bits, on GPUs from Ampere on. bf16: training
+    computes in bfloat16 where that is safe (weights, statistics and the matching head stay float32), for GPUs and for CPUs with
+    AVX512-BF16; without it a CPU gets slower. Evaluation is always float32."""
 
     workers: int = 1
     """Ray Train workers; 0 trains in this process, without Ray. On the command line also MIN:MAX, see max_workers."""

@@ -47,7 +47,7 @@ def _outputs(model: LGMNet, batch: EpisodeBatch, config: Config) -> list[tuple[s
         ]  # a batch of B, or of B's images
         found.append((names[layer], torch.stack(bad).any(0)))
 
-    model.extractor.in_pieces = False  # the first block's layers one by one
+    model.extractor.fused = False  # the layers of its blocks one by one
     for layer in names:
         layer.register_forward_hook(look)
     log_probabilities(model.train(), batch, config)

@@ -123,9 +123,14 @@ def apply(optimizer: torch.optim.Optimizer, config: Config, step: int, figures: 
 
 @contextmanager
 def arithmetic(*, tf32: bool = False) -> Iterator[None]:
-    """How a GPU convolves meanwhile: the same bits each time, and in float32 to its last bit unless `tf32`."""
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
-        yield
+    """How a GPU convolves and multiplies meanwhile: the same bits each time, and in float32 to its last bit unless `tf32`."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def log_probabilities(model: nn.Module, batch: EpisodeBatch, config: Config) -> Tensor:

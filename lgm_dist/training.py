@@ -50,10 +50,13 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     if log:
         written(write_facts, job, worker, state.step)
 
+    row: tuple[int, dict[str, float]] | None = None
     for step in range(state.step, config.steps):
         _not_hung(config)
         start = time.monotonic()
         figures = take_step(step)
+        if log and row:  # that of the step before, while a GPU takes this one
+            written(log.write, *row)
         asked = torch.tensor([float(worker.rank == 0 and (run / STOP).exists())], device=worker.device)
         loss, accuracy, grad_norm, stop = worker.mean(torch.cat([figures, asked])).tolist()
         if not math.isfinite(loss + grad_norm):
@@ -67,8 +70,11 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
             _not_hung(config)
             val = evaluate(model, banks["val"], config.evaluation, "val", config.eval_episodes, worker=worker)
             metrics |= {"val/accuracy": val.score.accuracy, "val/ci95": val.score.ci95}
-        if log:  # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
-            written(log.write, done, metrics)
+        row = (done, metrics)
+        if log and (val or stop or worker.device == "cpu"):
+            # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
+            written(log.write, *row)
+            row = None
         if val or stop:
             folder = None
             if worker.rank == 0:

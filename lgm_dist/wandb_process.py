@@ -19,8 +19,10 @@ def wandb_mode(config: Config) -> str:
         return os.environ["WANDB_MODE"]
     if config.wandb != "auto":
         return config.wandb
-    from wandb.sdk.lib import wbauth
-
+    try:
+        from wandb.sdk.lib import wbauth
+    except ImportError:  # a broken installation, which the Mirror then says
+        return "offline"
     host = wbauth.HostUrl(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     return "online" if os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=host) else "offline"
 
@@ -52,10 +54,11 @@ def forget_service(service: str) -> None:
 
     Another run of this process may have replaced it already.
     """
-    import wandb
-
     if os.environ.get("WANDB_SERVICE", service) == service:
-        with contextlib.suppress(Exception, SystemExit):  # it would exit with the status of the process that was killed
+        # it would exit with the status of the process that was killed; where it cannot even be imported, there is none
+        with contextlib.suppress(Exception, SystemExit):
+            import wandb
+
             wandb.teardown()
         os.environ.pop("WANDB_SERVICE", None)
 

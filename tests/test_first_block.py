@@ -126,7 +126,7 @@ def peak():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 torch.set_num_threads(1)
 model = LGMNet().train()
-model.extractor.in_pieces = sys.argv[1] == "pieces"
+model.extractor.fused = sys.argv[1] == "pieces"
 x = torch.randn(512, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 before = peak()
 model.extractor(x, 1).sum().backward()

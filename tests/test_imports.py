@@ -31,6 +31,7 @@ OWNERS = {
     "webdataset": ("data/shards",),
     "tyro": ("flags",),
     "torchvision": ("data/fc100",),
+    "triton": ("model/fused_block",),
 }
 """The modules of the package that may import a library; scripts may import any."""
 FILES = [path for folder in ("lgm_dist", "scripts", "tune") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -93,7 +94,7 @@ def test_libraries_have_one_owner(path: Path) -> None:
         "engine": {"torch", "numpy"},
     }
     if part_of(path) == "model":
-        assert outside <= {"torch", "numpy"}
+        assert outside <= {"torch", "numpy", "triton"}
     elif module in allowed:
         assert outside <= allowed[module]
 
@@ -111,7 +112,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_network_and_its_benchmark_need_torch_and_numpy_alone() -> None:
-    blocked = ("ray", "wandb", "webdataset", "pyarrow", "matplotlib", "tyro", "tqdm", "PIL", "torchvision")
+    blocked = ("ray", "wandb", "webdataset", "pyarrow", "matplotlib", "tyro", "tqdm", "PIL", "torchvision", "triton")
     modules = "lgm_dist.model, lgm_dist.data.bank, lgm_dist.data.episodes, lgm_dist.engine"
     # One by one, in processes of their own, would tell no more: an import that fails is named in the error.
     done = python(f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {modules}")

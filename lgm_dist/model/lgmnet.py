@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
 from lgm_dist.model.first_block import first_block
+from lgm_dist.model.fused_block import available, norm_relu_pool
+from lgm_dist.model.generated import convolve
 from lgm_dist.model.norm import AllReduce, Norm
 
 
@@ -28,21 +30,26 @@ class Extractor(nn.Module):
         channels = (config.channels, config.filters, config.filters, config.filters)
         self.convs = nn.ModuleList(_conv3x3(c, config.filters) for c in channels)
         self.norms = nn.ModuleList(Norm(config) for _ in channels)
-        self.in_pieces = config.norm == "batch" and config.norm_scope != "episode"
+        self.fused = config.norm == "batch" and config.norm_scope != "episode"
+        """Whether training may take a block's layers together, where that is faster; single layers then are not called."""
 
     def forward(self, x: Tensor, episodes: int) -> Tensor:
         """x (n, C, H, W), the images of `episodes` episodes -> (n, F, h, w); h = w = 4 for 32 x 32 images."""
         blocks = list(zip(self.convs, self.norms, strict=True))
         conv, norm = blocks[0]
-        in_pieces = self.in_pieces and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if self.training and in_pieces and not x.requires_grad:
+        fused = self.fused and self.training
+        if fused and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not x.requires_grad:
             assert isinstance(conv, nn.Conv2d)
             assert isinstance(norm, Norm)
             x = first_block(x, conv, norm)  # (n, F, ceil(h / 2), ceil(w / 2))
             del blocks[0]
         for conv, norm in blocks:
+            pooled = conv is not self.convs[-1]
+            if fused and x.is_cuda and norm.all_reduce is None and available(x):
+                x = norm_relu_pool(F.conv2d(x, conv.weight, padding=1), conv.bias, norm, pooled)
+                continue
             x = F.relu_(norm(conv(x), episodes))  # (n, F, h, w)
-            if conv is not self.convs[-1]:
+            if pooled:
                 x = _pool(x)  # (n, F, ceil(h / 2), ceil(w / 2))
         return x
 
@@ -159,10 +166,15 @@ class LGMNet(nn.Module):
 def matching_features(features: Tensor, weights: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The generated matching network: feature maps (B, n, F, h, w) -> feature vectors (B, n, D), D = F * h/2 * w/2.
 
-    Each episode's generated weights act on its own images: a convolution with one group an episode.
+    Each episode's generated weights act on its own images: a convolution with one group an episode, which a GPU does as one
+    matrix product an episode.
     """
     episodes, images = features.shape[:2]
     (kernel1, bias1), (kernel2, bias2) = weights
+    if features.is_cuda:
+        x = convolve(features, kernel1, bias1).flatten(0, 1)  # (B * n, F, h, w)
+        x = _pool(F.relu(x)).unflatten(0, (episodes, images))  # (B, n, F, ceil(h / 2), ceil(w / 2))
+        return convolve(x, kernel2, bias2).flatten(2)  # (B, n, D)
     x = features.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)  # (n, B * F, h, w), channels last in memory
     x = F.conv2d(x, kernel1.flatten(0, 1), bias1.flatten(), padding=1, groups=episodes)  # (n, B * F, h, w)
     x = _pool(F.relu_(x))  # (n, B * F, ceil(h / 2), ceil(w / 2))
@@ -176,9 +188,12 @@ def match(support: Tensor, query: Tensor, ways: int) -> Tensor:
     Softmax of the cosine similarities over all support images, without a temperature; a class's probability is the sum over
     its images.
     """
-    with torch.autocast(query.device.type, enabled=False):  # similarities differ by less than bfloat16 can tell
-        query, support = (x.float() if x.dtype == torch.bfloat16 else x for x in (query, support))
-        similarities = _unit(query) @ _unit(support).transpose(1, 2)  # (B, T, S)
+    with torch.autocast(query.device.type, enabled=False):  # similarities differ by less than bfloat16 or tf32 can tell
+        query, support = (_unit(x.float() if x.dtype == torch.bfloat16 else x) for x in (query, support))
+        if query.is_cuda:
+            similarities = (query.double() @ support.double().transpose(1, 2)).to(query.dtype)  # (B, T, S)
+        else:
+            similarities = query @ support.transpose(1, 2)  # (B, T, S)
         by_class: Tensor = similarities.log_softmax(-1).unflatten(2, (ways, -1))  # (B, T, N, K)
         return by_class.logsumexp(-1)  # (B, T, N)
 

@@ -1,0 +1,57 @@
+"""Convolutions with generated kernels, against torch's with one group an episode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgm_dist.config import ModelConfig
+from lgm_dist.model import LGMNet
+from lgm_dist.model.generated import convolve
+from lgm_dist.model.lgmnet import matching_features
+
+
+def inputs(height: int, width: int, filters: int = 3, out: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(height * width)
+    shapes = (2, 4, filters, height, width), (2, out, filters, 3, 3), (2, out)
+    x, kernel, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    return x, kernel, bias
+
+
+def plain(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """Episode by episode."""
+    return torch.stack([F.conv2d(*one, padding=1) for one in zip(x, kernel, bias, strict=True)])
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 2), (1, 1), (3, 5), (11, 11)])
+def test_values_and_gradients(height: int, width: int) -> None:
+    arguments = inputs(height, width)
+    ours, known = convolve(*arguments), plain(*arguments)
+    torch.testing.assert_close(ours, known)
+    grad = torch.randn_like(known)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, arguments, grad), torch.autograd.grad(known, arguments, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_in_bfloat16_it_answers_in_bfloat16() -> None:
+    x, kernel, bias = inputs(4, 4)
+    ours = convolve(x.bfloat16(), kernel.float(), bias.float())
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), plain(x, kernel, bias), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_matching_network_on_a_gpu_is_that_of_the_cpu() -> None:
+    """In float64, an odd map and an even one; the vectors' order is the same."""
+    torch.manual_seed(0)
+    model = LGMNet(ModelConfig(filters=8)).double()
+    weights = model.generate(torch.randn(3, 64, dtype=torch.float64), torch.randn(3, 2, 32, dtype=torch.float64))
+    for size in (4, 11):
+        features = torch.randn(3, 6, 8, size, size, dtype=torch.float64)
+        known = matching_features(features, weights)
+        on_gpu = [(kernel.cuda(), bias.cuda()) for kernel, bias in weights]
+        torch.testing.assert_close(matching_features(features.cuda(), on_gpu).cpu(), known)
