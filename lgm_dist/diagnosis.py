@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lgm_dist.config import Config
 from lgm_dist.data import EpisodeBatch
-from lgm_dist.engine import Worker, log_probabilities
+from lgm_dist.engine import Worker, arithmetic, log_probabilities
 from lgm_dist.model import LGMNet
 
 
@@ -50,7 +50,8 @@ def _outputs(model: LGMNet, batch: EpisodeBatch, config: Config) -> list[tuple[s
     model.extractor.fused = False  # the layers of its blocks one by one
     for layer in names:
         layer.register_forward_hook(look)
-    log_probabilities(model.train(), batch, config)
+    with arithmetic(tf32=config.precision == "tf32"):
+        log_probabilities(model.train(), batch, config)
     return found
 
 

@@ -125,12 +125,12 @@ def apply(optimizer: torch.optim.Optimizer, config: Config, step: int, figures: 
 def arithmetic(*, tf32: bool = False) -> Iterator[None]:
     """How a GPU convolves and multiplies meanwhile: the same bits each time, and in float32 to its last bit unless `tf32`."""
     matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    before, matmul.allow_tf32 = matmul.fp32_precision, tf32
     try:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
             yield
     finally:
-        matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def log_probabilities(model: nn.Module, batch: EpisodeBatch, config: Config) -> Tensor:

@@ -58,7 +58,7 @@ def make_job(config: Config) -> Job:
     here = not config.workers or os.environ.get("RAY_ADDRESS", "local") == "local"
     if config.device == "cuda" and here and not torch.cuda.is_available():
         raise ValueError("device ('cuda') must be there, and this machine has no CUDA; use --device cpu")
-    if config.precision == "tf32" and here and device_of(config) == "cpu":
+    if config.precision == "tf32" and device_of(config) == "cpu":
         raise ValueError("precision ('tf32') is a GPU's, and this run trains on the CPU; use --precision float32")
     manifest = ensure_manifest(config.data, config.data_root, config.source)
     data = open_banks(config, manifest)["train"].digest

@@ -1,4 +1,4 @@
-"""The training steps of one worker: their episodes made by numpy on the host, or on its GPU, there as one CUDA graph."""
+"""The training steps of one worker: their episodes made by numpy on the host, or on its GPU, there as two CUDA graphs."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
         _not_hung(config)
         start = time.monotonic()
         figures = take_step(step)
-        if log and row:  # that of the step before, while a GPU takes this one
+        if log and row:  # that of the step before, while a GPU takes this one; its `seconds` are those of now
             written(log.write, *row)
         asked = torch.tensor([float(worker.rank == 0 and (run / STOP).exists())], device=worker.device)
         loss, accuracy, grad_norm, stop = worker.mean(torch.cat([figures, asked])).tolist()

@@ -28,9 +28,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray come first: they take longest."""
+    """Tests that start Ray come first: they take longest. Those that need a GPU are skipped where there is none."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip("no CUDA device"))
         assert item.get_closest_marker("ray") is None or any(f"::{name}::" in item.nodeid for name in WITH_RAY), item
 
 

@@ -13,14 +13,13 @@ from test_episodes import make_bank
 from lgm_dist.config import Config, ModelConfig, Protocol, Split
 from lgm_dist.data import sample_episodes
 from lgm_dist.data.device import DeviceSampler, choose, philox
-from lgm_dist.engine import Worker, gradients, make_optimizer
+from lgm_dist.engine import Worker, gradients, make_optimizer, train_step
 from lgm_dist.model import LGMNet
 from lgm_dist.steps import AHEAD, DeviceSteps, HostSteps, make_steps
 
 Precision = Literal["float32", "tf32", "bf16"]
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SMALL = Config(ways=3, shot=1, query=2, meta_batch=4, model=ModelConfig(filters=8))
 CONFIG = Config(ways=4, shot=2, query=3, eval_query=5, seed=2**63 + 5, eval_seed=7)
 
@@ -90,7 +89,7 @@ def device_steps(
 
 @pytest.mark.parametrize(
     ("device", "graph"),
-    [("cpu", False), *(pytest.param("cuda", g, marks=CUDA) for g in (False, True))],
+    [("cpu", False), *(pytest.param("cuda", g, marks=pytest.mark.gpu) for g in (False, True))],
 )
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
 def test_steps_made_on_the_device_are_the_steps(device: str, graph: bool, protocol: Protocol) -> None:
@@ -107,21 +106,23 @@ def test_steps_made_on_the_device_are_the_steps(device: str, graph: bool, protoc
 
 
 def test_a_worker_takes_its_own_slice_and_weight() -> None:
-    """Of 4 episodes and 3 workers the last two slices hold 1 and 2: weights 3/4 and 6/4."""
-    bank, figures = make_bank([9, 14, 30, 8, 11]), []
-    for rank, (first, count) in enumerate([(0, 1), (1, 1), (2, 2)]):
+    """Of 4 episodes 3 workers take 1, 1 and 2, weighted so that the mean of the workers' means is that of the episodes."""
+    bank = make_bank([9, 14, 30, 8, 11])
+    for rank, (first, count, weight) in enumerate([(0, 1, 3 / 4), (1, 1, 3 / 4), (2, 2, 6 / 4)]):
         worker = Worker(rank, 3)
-        steps = device_steps(*trained("cpu", SMALL), SMALL, worker)
         wanted = sample_episodes(bank, SMALL, "train", 4 * 40 + first, count)
-        assert torch.equal(steps.batch(40).images, wanted.images)
-        assert torch.equal(steps.batch(40).labels, wanted.labels)
-        plain = HostSteps(*trained("cpu", SMALL), bank, SMALL, worker)
-        figures.append(plain(40))
-        torch.testing.assert_close(steps(40), figures[-1])
+        known = train_step(*trained("cpu", SMALL), wanted, SMALL, 40, weight)
+        for steps in (
+            device_steps(*trained("cpu", SMALL), SMALL, worker),
+            HostSteps(*trained("cpu", SMALL), bank, SMALL, worker),
+        ):
+            assert torch.equal(steps.batch(40).images, wanted.images)
+            assert torch.equal(steps.batch(40).labels, wanted.labels)
+            torch.testing.assert_close(steps(40), known)
     assert make_steps(*(object(),) * 3, bank, SMALL, Worker()).__class__ is HostSteps  # type: ignore[arg-type]
 
 
-@CUDA
+@pytest.mark.gpu
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 def test_the_same_steps_have_the_same_bits_wherever_they_begin(precision: Precision, protocol: Protocol) -> None:
@@ -141,7 +142,7 @@ def test_the_same_steps_have_the_same_bits_wherever_they_begin(precision: Precis
         assert torch.equal(mine, theirs)
 
 
-@CUDA
+@pytest.mark.gpu
 def test_float32_is_float32() -> None:
     """The loss and gradient of float64 to 1e-5; TF32, which keeps ten bits, is farther from them."""
     norms = {}
@@ -155,3 +156,14 @@ def test_float32_is_float32() -> None:
     error = {name: float((value / norms["float64"] - 1).abs().max()) for name, value in norms.items()}
     assert error["float32"] < 1e-5
     assert 1e-5 < error["tf32"] < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "layer", "per episode"])
+def test_every_normalisation_trains_as_one_graph(norm: str, precision: Precision) -> None:
+    kind = {"norm_scope": "episode"} if norm == "per episode" else {"norm": norm}
+    config = replace(SMALL, precision=precision, model=ModelConfig(filters=8, **kind))  # type: ignore[arg-type]
+    steps = device_steps(*trained("cuda", config), config, Worker(device="cuda"), graph=True)
+    losses = torch.stack([steps(step) for step in range(3)])
+    assert torch.isfinite(losses).all()

@@ -21,6 +21,7 @@ import torch
 from test_train import config, digests, history
 from worker_processes import run_workers
 
+from lgm_dist import training
 from lgm_dist.checkpoint_files import read_meta
 from lgm_dist.cli import RunFailed
 from lgm_dist.config import Config
@@ -30,7 +31,7 @@ from lgm_dist.engine import Worker, make_optimizer, train_step
 from lgm_dist.job import make_job
 from lgm_dist.metrics import read_metrics
 from lgm_dist.ray_train import train
-from lgm_dist.training import STOP, build_model, stop_on_signals
+from lgm_dist.training import STOP, NotFinite, build_model, stop_on_signals, train_fn
 
 
 def trained(config: Config) -> Path:
@@ -43,6 +44,37 @@ def trained(config: Config) -> Path:
 @pytest.fixture(scope="module")
 def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(config(tiny, tmp_path_factory.mktemp("whole")))
+
+
+# Rows that a GPU's worker writes a step late, as one whose device is not called cpu does
+
+
+def test_late_rows_are_the_rows_also_of_a_run_that_is_stopped_and_resumed(
+    whole: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, looked = Worker(device="cpu:0"), iter(range(1000))
+    job = make_job(config(tiny, tmp_path))
+    run = Path(job.run)
+
+    def stop_at_the_third(_: Config) -> None:
+        if next(looked) == 2:
+            (run / STOP).touch()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_not_hung", stop_at_the_third)
+        train_fn(job, late)
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    (run / STOP).unlink()
+    train_fn(job, late)
+    assert history(run) == history(whole)
+
+
+def test_the_row_before_a_loss_that_is_not_finite_is_there(tiny: Path, tmp_path: Path) -> None:
+    job = make_job(config(tiny, tmp_path, lr=1e30))
+    with pytest.raises(NotFinite, match="at step 2 "):
+        train_fn(job, Worker(device="cpu:0"))
+    assert [row["step"] for row in read_metrics(Path(job.run))] == [1]
 
 
 # A loss that is not finite

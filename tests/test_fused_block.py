@@ -41,11 +41,6 @@ LARGE = [
 """Sizes for a GPU: (n, F, h, w), type, pooled or not."""
 
 
-def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    skip: pytest.MarkDecorator = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    return pytest.mark.gpu(skip(test))
-
-
 def make_norm(filters: int, device: str) -> Norm:
     """Scales of both signs, one of them zero; averages that are neither 0 nor 1."""
     torch.manual_seed(1)
@@ -199,19 +194,19 @@ def test_triton_is_neither_needed_nor_imported_without_a_gpu() -> None:
     run(["-c", f"import sys\nsys.modules['triton'] = None\n{code}"], TRITON_INTERPRET="1")
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_values_gradients_and_averages(case: tuple[int, int, int, int, torch.dtype, bool]) -> None:
     compare(make_map(*case[:5], "cuda"), case[5])
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_special_cases(check: Callable[[str], None]) -> None:
     check("cuda")
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_each_time_and_in_a_cuda_graph(dtype: torch.dtype, pool: bool) -> None:

@@ -37,14 +37,27 @@ def test_values_and_gradients(height: int, width: int) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_in_bfloat16_it_answers_in_bfloat16() -> None:
-    x, kernel, bias = inputs(4, 4)
-    ours = convolve(x.bfloat16(), kernel.float(), bias.float())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_bfloat16_it_answers_in_bfloat16(dtype: torch.dtype) -> None:
+    """Under autocast, which float32 maps of a normalisation reach too; the backward pass runs outside of it."""
+    arguments = inputs(4, 4)
+    x, kernel, bias = (argument.detach().float().requires_grad_() for argument in arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = convolve(x.to(dtype), kernel, bias)
     assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.double(), plain(x, kernel, bias), rtol=0.05, atol=0.1)
+    known = plain(*arguments)
+    torch.testing.assert_close(ours.double(), known, rtol=0.05, atol=0.1)
+    grad = torch.randn_like(known)
+    known.backward(grad)
+    ours.backward(grad.bfloat16())
+    for mine, theirs in zip((x, kernel, bias), arguments, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=0.02 * scale)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_the_matching_network_on_a_gpu_is_that_of_the_cpu() -> None:
     """In float64, an odd map and an even one; the vectors' order is the same."""
     torch.manual_seed(0)

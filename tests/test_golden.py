@@ -100,7 +100,7 @@ def test_forward_float64_meets_the_published_tolerances(case, golden, training):
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
 
@@ -176,7 +176,7 @@ def test_gradients_in_float64(case, golden):
     assert checked == 30
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_gradients_on_a_gpu(case, golden):
     """The norms, as a float32 run may break one max-pool tie the other way."""
     model, _ = backward(case, torch.float32, "cuda")

@@ -120,6 +120,18 @@ def test_a_run_whose_data_set_was_made_anew_with_other_images_is_refused(small: 
     assert len(list(run.glob("checkpoints/step-*"))) == 2
 
 
+@pytest.mark.parametrize("address", ["", "ray://there:1"])
+def test_a_gpus_precision_is_refused_on_a_cpu(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """On a cluster too, whose workers get a GPU where the configuration of this process says so."""
+    monkeypatch.setenv("RAY_ADDRESS", address or "local")
+    config = dataclasses.replace(small, storage=str(tmp_path), precision="tf32", device="cpu", workers=1)
+    with pytest.raises(ValueError, match=r"^precision \('tf32'\) is a GPU's, .* use --precision float32$"):
+        make_job(config)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_images_of_other_channels_than_the_networks_are_refused(small: Config, tmp_path: Path) -> None:
     model = dataclasses.replace(small.model, channels=1)
     with pytest.raises(

@@ -7,7 +7,7 @@ Shapes: B episodes of n images, F filters in and G out, P = h * w pixels of a ma
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """x (B, n, F, h, w), of which F had best be last in memory, kernel (B, G, F, 3, 3), bias (B, G) -> (B, n, G, h, w), of
-    x's type, G last in memory; with borders of zeros, and the same bits each time."""
-    height, width = x.shape[3:]
+    x's type or autocast's, G last in memory; with borders of zeros, and the same bits each time."""
+    device, (height, width) = x.device.type, x.shape[3:]
+    if torch.is_autocast_enabled(device):  # here, as the backward pass runs outside of it
+        x = x.to(torch.get_autocast_dtype(device))
     pixels = x.permute(0, 1, 3, 4, 2).flatten(2, 3)  # (B, n, P, F)
     taps = kernel.to(x.dtype).flatten(3).permute(0, 3, 2, 1)  # (B, 9, F, G)
     y = _Convolve.apply(pixels, taps.flatten(1, 2), height, width) + bias[:, None].to(x.dtype)  # (B, n * P, G)
@@ -57,7 +59,7 @@ def _columns(pixels: Tensor, neighbours: Tensor) -> Tensor:
     return with_zeros.index_select(2, neighbours).view(len(pixels), -1, 9 * pixels.shape[3])
 
 
-@lru_cache(maxsize=16)
+@cache  # of all sizes: a CUDA graph knows them by their place in memory alone
 def _neighbours(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each pixel its 3 x 3 neighbours in row-major order (P * 9,), P where there is none; and the same backwards."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
