@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lgm_dist.chaos.elastic import elastic
+from lgm_dist.chaos.hosts import hosts
 from lgm_dist.chaos.processes import FAULTS, finite, kills, memory, resize, starts
 from lgm_dist.chaos.storage import storage
 from lgm_dist.chaos.trainings import Outcome, Training, markdown
@@ -30,6 +31,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
     "elastic": elastic,
     "starts": starts,
     "memory": memory,
+    "hosts": hosts,
 }
 
 

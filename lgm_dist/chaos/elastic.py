@@ -13,6 +13,14 @@ from typing import Any
 from lgm_dist.chaos.losses import differing_losses
 from lgm_dist.chaos.trainings import Outcome, Training, newest_step, past_this_step
 
+ELASTIC = ("--eval-every=100", "--lr=1e-6", "--lr-min=0", "--wandb=disabled", "--meta-batch=12", "--storage-seconds=5")
+"""Steps so small that rounding, which is another one with each number of workers, does not grow."""
+SETTINGS: dict[str, Any] = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
 
 def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     """--workers 1:4 on a cluster of this machine: a node is added, and one that works is removed without warning."""
@@ -23,16 +31,11 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
 
     node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": True})
-    flags = ("--eval-every=100", "--lr=1e-6", "--lr-min=0", "--wandb=disabled", "--meta-batch=12")
     training = Training(
-        folder,
-        "elastic",
-        *(*flags, "--steps-per-epoch=1000000", "--workers=1:4", "--storage-seconds=5", "--max-failures=20"),
+        *(folder, "elastic", *ELASTIC, "--steps-per-epoch=1000000", "--workers=1:4", "--max-failures=20"),
         RAY_ADDRESS=cluster.address,
-        RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20",
-        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
-        RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
         GLOO_SOCKET_IFNAME="lo",
+        **SETTINGS,
     )
     outcomes = []
     changes: list[tuple[str, Callable[[], Any], int]] = [
@@ -44,11 +47,11 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     try:
         training.until(lambda: training.step() >= 100)
         for name, change, size in changes:
-            before = len(_world_sizes(training))
+            before = len(world_sizes(training))
             past = past_this_step(training)
             start = time.monotonic()
             change()
-            training.until(lambda n=before, size=size: _world_sizes(training)[n:][-1:] == [size])  # type: ignore[misc]
+            training.until(lambda n=before, size=size: world_sizes(training)[n:][-1:] == [size])  # type: ignore[misc]
             training.until(past)
             outcomes.append(Outcome(name, 1, 1, [time.monotonic() - start], note=f"in the log: world size -> {size}"))
         training.process.send_signal(signal.SIGTERM)
@@ -56,13 +59,18 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     finally:
         training.process.kill()
         cluster.shutdown()
+    return [*outcomes, compared(folder, training, len(changes))]
+
+
+def compared(folder: Path, training: Training, changes: int) -> Outcome:
+    """A training of ELASTIC that has survived so many changes, against as many steps in one process."""
     steps = newest_step(training.run)
-    alone = Training(folder, "not-elastic", *flags, "--workers=0", f"--steps-per-epoch={steps}")
+    alone = Training(folder, f"{training.run.name}-alone", *ELASTIC, "--workers=0", f"--steps-per-epoch={steps}")
     alone.wait()
     rows, note = differing_losses(training.run, alone.run)
-    return [*outcomes, Outcome("all of these in one training", len(changes), len(changes), rows=rows, note=note)]
+    return Outcome("all of these in one training", changes, changes, rows=rows, note=note)
 
 
-def _world_sizes(training: Training) -> list[int]:
+def world_sizes(training: Training) -> list[int]:
     """Those that the log says that the run went on with."""
     return [int(size) for size in re.findall(r"world size \d+ -> (\d+) from step", training.said())]

@@ -56,12 +56,19 @@ class Training:
     _started: ClassVar[list[subprocess.Popen[bytes]]] = []
 
     def __init__(
-        self, folder: Path, name: str, *flags: str, storage: Path | None = None, code: str = "", **environment: str
+        self,
+        folder: Path,
+        name: str,
+        *flags: str,
+        storage: Path | None = None,
+        code: str = "",
+        prefix: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         storage = storage or folder
         places = (f"--data-root={folder}/data", f"--cache={folder}/cache", f"--storage={storage}", f"--name={name}")
         self.run = storage / name
-        python = [sys.executable, *(["-c", code] if code else [])]
+        python = [*prefix, sys.executable, *(["-c", code] if code else [])]
         self._command = [*python, str(ROOT / "scripts/train.py"), *SMALL, *places, *flags]
         self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         self._log = folder / f"{name}.log"
