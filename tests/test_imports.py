@@ -31,7 +31,7 @@ OWNERS = {
     "webdataset": ("data/shards",),
     "tyro": ("flags",),
     "torchvision": ("data/fc100",),
-    "triton": ("model/fused_block",),
+    "triton": ("model/fused_kernels",),
 }
 """The modules of the package that may import a library; scripts may import any."""
 FILES = [path for folder in ("lgm_dist", "scripts", "tune") for path in sorted((ROOT / folder).rglob("*.py"))]

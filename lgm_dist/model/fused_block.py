@@ -20,16 +20,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lgm_dist.model.norm import Norm
-
-if TYPE_CHECKING:
-    import triton.language as tl  # type: ignore[import-untyped]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,8 @@ def available(x: Tensor) -> bool:
     """Whether `norm_relu_pool` takes tensors of x's device and type: those of CUDA, or any under TRITON_INTERPRET=1."""
     if x.dtype not in _DTYPES:
         return False
-    return _load() and _starts() if x.is_cuda else os.environ.get("TRITON_INTERPRET") == "1" and _load()
+    there = _starts() if x.is_cuda else os.environ.get("TRITON_INTERPRET") == "1"
+    return there and _kernels() is not None
 
 
 def norm_relu_pool(y: Tensor, conv_bias: Tensor, norm: Norm, pool: bool) -> Tensor:
@@ -73,7 +71,7 @@ class _NormReluPool(torch.autograd.Function):
         peaks = torch.empty_like(out) if pool else y
         with torch.cuda.device_of(y):
             mean, inverse_std = _normalisation(y, conv_bias, norm)  # (F,)
-            _on_windows(_apply, y, out, pool, mean, inverse_std, weight, bias, out, peaks)
+            _on_windows("apply", y, out, pool, mean, inverse_std, weight, bias, out, peaks)
         ctx.save_for_backward(y, peaks, mean, inverse_std, weight, bias)
         ctx.pool = pool
         return out
@@ -86,22 +84,22 @@ class _NormReluPool(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_y, grad_weight, grad_bias = torch.empty_like(y), torch.empty_like(weight), torch.empty_like(bias)
         with torch.cuda.device_of(y):
-            partial, _ = _partial_results(_gradient_sums, peaks, grad, *norm)
-            _combine(_combine_gradient_sums, partial, inverse_std, grad_weight, grad_bias)
-            _on_windows(_input_gradient, y, grad, ctx.pool, *norm, grad_weight, grad_bias, grad, grad_y, _rows(y))
+            partial, _ = _partial_results("gradient_sums", peaks, grad, *norm)
+            _combine("combine_gradient_sums", partial, inverse_std, grad_weight, grad_bias)
+            _on_windows("input_gradient", y, grad, ctx.pool, *norm, grad_weight, grad_bias, grad, grad_y, _rows(y))
         return grad_y, torch.zeros_like(grad_bias), grad_weight, grad_bias, None, None
 
 
 def _normalisation(y: Tensor, conv_bias: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation (F,) of y (n, F, h, w); moves the averages."""
     found = torch.empty_like(norm.running_mean), torch.empty_like(norm.running_var)
-    partial, each = _partial_results(_moments, y)
+    partial, each = _partial_results("moments", y)
     settings = (float(norm.momentum), float(norm.epsilon), _rows(y), each)
-    _combine(_combine_moments, partial, conv_bias, norm.running_mean, norm.running_var, *found, *settings)
+    _combine("combine_moments", partial, conv_bias, norm.running_mean, norm.running_var, *found, *settings)
     return found
 
 
-def _partial_results(kernel: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, int]:
+def _partial_results(kernel: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, int]:
     """Two numbers a channel from each program: (programs, 2, F). And how many rows of x (n, F, h, w) a program takes.
 
     A tile has 8 KiB and the next two are always on their way: with four programs on a multiprocessor that is 64 KiB, about
@@ -117,13 +115,13 @@ def _partial_results(kernel: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, 
     return partial, each
 
 
-def _combine(kernel: Any, partial: Tensor, *arguments: Tensor | float) -> None:
+def _combine(kernel: str, partial: Tensor, *arguments: Tensor | float) -> None:
     """Eight channels a program, as memory hands out 32 bytes at least: one program for all would be slower."""
     programs, _, filters = partial.shape
     _run(kernel, (-(-filters // 8),), 8, partial, *arguments, programs, filters, _power_of_two(programs), 8)
 
 
-def _on_windows(kernel: Any, y: Tensor, pooled: Tensor, pool: bool, *arguments: Tensor | int) -> None:
+def _on_windows(kernel: str, y: Tensor, pooled: Tensor, pool: bool, *arguments: Tensor | int) -> None:
     """Runs over the windows of y (n, F, h, w), of which `pooled` has one value each, or over its pixels.
 
     A tile has eight values a thread of each of a window's four pixels: all are asked for at once, and the registers are few
@@ -135,8 +133,10 @@ def _on_windows(kernel: Any, y: Tensor, pooled: Tensor, pool: bool, *arguments: 
     _run(kernel, grid, 4, y, *arguments, rows, filters, *y.shape[2:], pool, tile, channels)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], warps: int, *arguments: Tensor | float) -> None:
-    kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=True)  # the default, but not from Triton 3.10 on
+def _run(kernel: str, grid: tuple[int, ...], warps: int, *arguments: Tensor | float) -> None:
+    getattr(_kernels(), kernel)[grid](
+        *arguments, num_warps=warps, enable_fp_fusion=True
+    )  # the default, but not from Triton 3.10 on
 
 
 def _rows(x: Tensor) -> int:
@@ -153,205 +153,23 @@ def _power_of_two(least: int) -> int:
 
 
 @functools.cache
-def _load() -> bool:
-    """Imports Triton, where it is installed, and compiles the functions below, each when it is first used."""
+def _kernels() -> Any:
+    """The module of the kernels, each of them compiled when it is first used; None without Triton."""
     try:
-        import triton
-        from triton import language
+        from lgm_dist.model import fused_kernels
     except ImportError:
-        return False
-    kernels = (_moments, _combine_moments, _apply, _gradient_sums, _combine_gradient_sums, _input_gradient)
-    counts = ("rows", "each", "programs", "pixels")  # one kernel serves all of them
-    for function in (_per_channel, _normalised, _window, _lower_then_right, *kernels):
-        globals()[function.__name__] = triton.jit(function, do_not_specialize=counts)
-    globals()["tl"] = language
-    return True
+        return None
+    return fused_kernels
 
 
 @functools.cache
 def _starts() -> bool:
     """Whether a kernel runs on this machine's GPU: what starts the first is built with its C compiler, which may be missing."""
+    if _kernels() is None:
+        return False
     try:
-        _partial_results(_moments, torch.zeros(1, 1, 1, 1, device="cuda"))
+        _partial_results("moments", torch.zeros(1, 1, 1, 1, device="cuda"))
     except Exception as error:
         log.warning("Triton does not work here, and training is slower without it: %s", error)
         return False
     return True
-
-
-# From here on it is Triton's language. Capitals are known when a kernel is compiled; F, H, W: filters, height, width of the
-# map; a tile is BLOCK rows of CHANNELS channels. Annotations are evaluated: `tl` is the only name that they may use.
-
-
-def _moments(  # type: ignore[no-untyped-def]
-    y, partial, rows, each, F: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
-    """Mean and squared distances from it of a program's rows: Welford's for each place of the tile, then Chan et al.'s."""
-    places, channels = tl.arange(0, BLOCK), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    size = tl.minimum(rows - tl.program_id(0) * each, each)
-    y += tl.program_id(0).to(tl.int64) * each * F
-    mean = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    squares = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    for start in tl.range(0, size, BLOCK, num_stages=3):
-        row = start + places
-        inside = (row < size)[:, None] & (channels < F)[None, :]
-        value = tl.load(y + row[:, None] * F + channels[None, :], inside, 0).to(tl.float32)
-        distance = tl.where(inside, value - mean, 0)
-        mean += distance * (1.0 / (start // BLOCK + 1))
-        squares += distance * (value - mean)
-    counts = ((size - places + BLOCK - 1) // BLOCK).to(tl.float32)[:, None]
-    together = tl.sum(counts * mean, 0) / size
-    apart = mean - together[None, :]
-    partial += tl.program_id(0) * 2 * F + channels
-    tl.store(partial, together, channels < F)
-    tl.store(partial + F, tl.sum(squares + counts * apart * apart, 0), channels < F)
-
-
-def _combine_moments(  # type: ignore[no-untyped-def]
-    partial, conv_bias, running_mean, running_var, mean, inverse_std, momentum, epsilon, rows, each, programs,
-    F: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Chan et al. again, over the programs. Where the variance is infinite, what it would normalise to zero shall be NaN."""
-    program, channels = tl.arange(0, PARTS), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    there = channels < F
-    inside = (program < programs)[:, None] & there[None, :]
-    partial += program[:, None] * (2 * F) + channels[None, :]
-    means, squares = tl.load(partial, inside, 0), tl.load(partial + F, inside, 0)
-    counts = tl.maximum(tl.minimum(rows - program * each, each), 0).to(tl.float32)[:, None]
-    together = tl.sum(counts * means, 0) / rows
-    apart = means - together[None, :]
-    square = tl.sum(squares + counts * apart * apart, 0)
-    var = square / rows
-    tl.store(mean + channels, together, there)
-    tl.store(inverse_std + channels, tl.where(var < float("inf"), tl.rsqrt(var + epsilon), float("nan")), there)
-    average = tl.load(running_mean + channels, there)
-    with_bias = together + tl.load(conv_bias + channels, there)
-    tl.store(running_mean + channels, average + momentum * (with_bias - average), there)
-    average = tl.load(running_var + channels, there)
-    tl.store(running_var + channels, average + momentum * (square / tl.maximum(rows - 1, 1) - average), there)
-
-
-def _apply(  # type: ignore[no-untyped-def]
-    y, mean, inverse_std, weight, bias, out, peaks, rows,
-    F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    row, channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = (row < rows)[:, None] & (channels < F)[None, :]
-    offset = row.to(tl.int64)[:, None] * F + channels[None, :]
-    if POOL:
-        _, _, _, a, b, c, d = _window(y, row, channels, inside, F, H, W)
-    else:
-        peak = tl.load(y + offset, inside, 0).to(tl.float32)
-    center, scale, shift, sign = _per_channel(mean, inverse_std, weight, bias, channels, F)
-    if POOL:
-        low, right_above, right_below = _lower_then_right(a, b, c, d, sign)
-        peak = tl.where(low, tl.where(right_below, d, c), tl.where(right_above, b, a))
-        tl.store(peaks + offset, peak, inside)
-    value = _normalised(peak, center, scale, shift)
-    tl.store(out + offset, tl.where(value <= 0, 0, value), inside)
-
-
-def _gradient_sums(  # type: ignore[no-untyped-def]
-    peaks, grad, mean, inverse_std, weight, bias, partial, rows, each,
-    F: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Of a program's rows: sums of what ReLU lets through of the gradient, and of that times the peak less the mean."""
-    places, channels = tl.arange(0, BLOCK), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    center, scale, shift, _ = _per_channel(mean, inverse_std, weight, bias, channels, F)
-    size = tl.minimum(rows - tl.program_id(0) * each, each)
-    first = tl.program_id(0).to(tl.int64) * each * F
-    total = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    product = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    for start in tl.range(0, size, BLOCK, num_stages=3):
-        row = start + places
-        inside = (row < size)[:, None] & (channels < F)[None, :]
-        offset = row[:, None] * F + channels[None, :]
-        peak = tl.load(peaks + first + offset, inside, 0).to(tl.float32)
-        through = tl.load(grad + first + offset, inside, 0).to(tl.float32)
-        through = tl.where(_normalised(peak, center, scale, shift) <= 0, 0, through)
-        total += through
-        product += through * (peak - center)
-    partial += tl.program_id(0) * 2 * F + channels
-    tl.store(partial, tl.sum(total, 0), channels < F)
-    tl.store(partial + F, tl.sum(product, 0), channels < F)
-
-
-def _combine_gradient_sums(  # type: ignore[no-untyped-def]
-    partial, inverse_std, grad_weight, grad_bias, programs,
-    F: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    program, channels = tl.arange(0, PARTS), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    there = channels < F
-    inside = (program < programs)[:, None] & there[None, :]
-    partial += program[:, None] * (2 * F) + channels[None, :]
-    products = tl.sum(tl.load(partial + F, inside, 0), 0)
-    tl.store(grad_bias + channels, tl.sum(tl.load(partial, inside, 0), 0), there)
-    tl.store(grad_weight + channels, products * tl.load(inverse_std + channels, there), there)
-
-
-def _input_gradient(  # type: ignore[no-untyped-def]
-    y, mean, inverse_std, weight, bias, grad_weight, grad_bias, grad, grad_y, pixels, rows,
-    F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """weight / std * (gradient at the peak - its mean - normalised y * mean of gradient * normalised y), as Norm has it."""
-    row, channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = (row < rows)[:, None] & (channels < F)[None, :]
-    offset = row.to(tl.int64)[:, None] * F + channels[None, :]
-    through = tl.load(grad + offset, inside, 0).to(tl.float32)
-    if POOL:  # all of the map is asked for before anything waits for a channel's numbers
-        first, right, below, a, b, c, d = _window(y, row, channels, inside, F, H, W)
-    else:
-        value = tl.load(y + offset, inside, 0).to(tl.float32)
-    center, scale, shift, sign = _per_channel(mean, inverse_std, weight, bias, channels, F)
-    there = channels < F
-    constant = -scale * tl.load(grad_bias + channels, there)[None, :] / pixels
-    slope = -scale * (tl.load(inverse_std + channels, there) * tl.load(grad_weight + channels, there))[None, :] / pixels
-    if POOL:
-        low, right_above, right_below = _lower_then_right(a, b, c, d, sign)
-        peak = tl.where(low, tl.where(right_below, d, c), tl.where(right_above, b, a))
-        through = tl.where(_normalised(peak, center, scale, shift) <= 0, 0, through * scale)
-        above, under = tl.where(low, 0, through), tl.where(low, through, 0)
-        to = grad_y + first
-        tl.store(to, (a - center) * slope + constant + tl.where(right_above, 0, above), inside)
-        tl.store(to + F, (b - center) * slope + constant + tl.where(right_above, above, 0), inside & right)
-        to += W * F
-        tl.store(to, (c - center) * slope + constant + tl.where(right_below, 0, under), inside & below)
-        tl.store(to + F, (d - center) * slope + constant + tl.where(right_below, under, 0), inside & right & below)
-    else:
-        through = tl.where(_normalised(value, center, scale, shift) <= 0, 0, through * scale)
-        tl.store(grad_y + offset, (value - center) * slope + constant + through, inside)
-
-
-def _per_channel(mean, inverse_std, weight, bias, channels, F: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mean, scale and shift (1, CHANNELS), and the scale's sign: -1, 0 or 1."""
-    there = channels < F
-    weights = tl.load(weight + channels, there)
-    scale = weights * tl.load(inverse_std + channels, there)
-    sign = tl.where(weights > 0, 1.0, tl.where(weights < 0, -1.0, 0.0))
-    center, shift = tl.load(mean + channels, there), tl.load(bias + channels, there)
-    return center[None, :], scale[None, :], shift[None, :], sign[None, :]
-
-
-def _normalised(value: tl.tensor, center: tl.tensor, scale: tl.tensor, shift: tl.tensor) -> tl.tensor:
-    return (value - center) * scale + shift
-
-
-def _window(y, row, channels, inside, F: tl.constexpr, H: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Offset of a window's first pixel, whether it has some to the right and below, and its four in row-major order.
-
-    Where it is cut the pixels that it lacks are those it has once more: second, they never are the first largest.
-    """
-    line, x = row // ((W + 1) // 2), row % ((W + 1) // 2) * 2
-    image, top = line // ((H + 1) // 2), line % ((H + 1) // 2) * 2
-    right, below = ((x + 1 < W) | (W % 2 == 0))[:, None], ((top + 1 < H) | (H % 2 == 0))[:, None]
-    first = ((image * H + top) * W + x).to(tl.int64)[:, None] * F + channels[None, :]
-    step, line_step = right.to(tl.int32) * F, below.to(tl.int32) * (W * F)  # a multiple of F lets loads be wide
-    a, b = tl.load(y + first, inside, 0), tl.load(y + first + step, inside, 0)
-    c, d = tl.load(y + first + line_step, inside, 0), tl.load(y + first + line_step + step, inside, 0)
-    return first, right, below, a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
-
-
-def _lower_then_right(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, sign: tl.tensor) -> tl.tensor:
-    """Of a, b above c, d: whether the first largest is below, and whether the right one is it, above and below."""
-    a, b, c, d = a * sign, b * sign, c * sign, d * sign
-    return tl.maximum(c, d) > tl.maximum(a, b), b > a, d > c
