@@ -28,6 +28,14 @@ _LARGEST = 3e38
 class ModelConfig:
     """The network. The defaults are the paper's model as its authors wrote it (2,661,376 parameters)."""
 
+    backbone: str = "conv4"
+    """Images to feature maps: the name of a registered backbone."""
+    generator: str = "lgm"
+    """Support features to weights: the name of a registered generator; none switches it off."""
+    head: str = "matching"
+    """Features and weights to log-probabilities: the name of a registered head."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """auto: the fast way of each part where there is one. reference: the plain operations."""
     channels: int = 3
     """Channels of an image."""
     filters: int = 64
@@ -51,6 +59,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("channels", "filters", "noise_size", "norm_groups"):
             _positive(self, name)
+        _choice(self, "kernels", ("auto", "reference"))
         _choice(self, "norm", ("batch", "group", "instance", "layer"))
         _choice(self, "norm_scope", ("global", "worker", "episode"))
         _between(self, "norm_decay", 0.0, 1.0)

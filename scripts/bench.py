@@ -16,8 +16,8 @@ import torch
 
 from lgm_dist.bench import loading, measure, network
 from lgm_dist.bench.measure import Section
-from lgm_dist.cli import status_of
 from lgm_dist.config import Split
+from lgm_dist.console import status_of
 from lgm_dist.data.bank import ImageBank
 
 

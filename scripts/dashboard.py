@@ -18,13 +18,13 @@ import wandb_workspaces.workspaces as ws
 from tyro.conf import Positional
 from wandb_workspaces.expr import And
 
-from lgm_dist.cli import RunFailed, status_of
-from lgm_dist.cli import table as aligned
 from lgm_dist.config import Config
+from lgm_dist.console import RunFailed, status_of
+from lgm_dist.console import table as aligned
 from lgm_dist.report import compare, speed, tables, write_report
 from lgm_dist.report.records import Record, SweepRecord, gather
 from lgm_dist.report.write import PICTURES
-from lgm_dist.wandb_process import wandb_mode
+from lgm_dist.tracking.wandb_process import wandb_mode
 
 WORKSPACE, REPORT = "workspace.json", "wandb-report.json"
 BEST = wr.SummaryMetric("val/accuracy.max")

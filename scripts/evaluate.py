@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from lgm_dist.cli import leak_note, status_of, table
 from lgm_dist.config import Config, Protocol
+from lgm_dist.console import leak_note, status_of, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,11 @@ def main(argv: list[str]) -> None:
     flags = tyro.cli(Flags, args=argv)
     if flags.draws is not None and flags.draws < 0:
         raise ValueError(f"draws ({flags.draws}) must be at least 0; 0 takes the noise at its mean")
-    from lgm_dist.checkpoint import best, load_model
     from lgm_dist.data import check_episodes, open_bank
     from lgm_dist.data.prepare import ensure_manifest
-    from lgm_dist.engine import evaluate
-    from lgm_dist.tracking import log_evaluation
+    from lgm_dist.runs.checkpoint import best, load_model
+    from lgm_dist.tracking.mirror import log_evaluation
+    from lgm_dist.training.engine import evaluate
 
     folder = flags.run if (flags.run / "state.pt").exists() else best(flags.run)
     model, trained, state = load_model(folder)

@@ -25,16 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from lgm_dist import checkpoint_files
-from lgm_dist.checkpoint_files import DamagedCheckpoint, Meta, TrainState, config_of, read_meta
-from lgm_dist.cli import status_of
 from lgm_dist.config import SPLITS, Config
-from lgm_dist.data import cifar_archive, fc100, png, shards
+from lgm_dist.console import status_of
 from lgm_dist.data import manifest as manifests
-from lgm_dist.data.fc100 import fc100_source
+from lgm_dist.data import png, shards
 from lgm_dist.data.manifest import ClassEntry, Manifest, Shard, SplitEntry, manifest_bytes, parse_manifest
 from lgm_dist.data.png import encode
 from lgm_dist.data.shards import read_images
+from lgm_dist.data.sources import cifar_archive, fc100
+from lgm_dist.data.sources.fc100 import fc100_source
+from lgm_dist.runs import checkpoint_files
+from lgm_dist.runs.checkpoint_files import DamagedCheckpoint, Meta, TrainState, config_of, read_meta
 
 Target = Callable[[bytes, Path], None]
 """Reads an input; a folder of its own is at hand."""

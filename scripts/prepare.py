@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from lgm_dist.cli import status_of, table
 from lgm_dist.config import SPLITS
+from lgm_dist.console import status_of, table
 from lgm_dist.data.source import DataSource
 
 app = tyro.extras.SubcommandApp()
@@ -24,7 +24,7 @@ def fc100(out: Path, source: str = "") -> None:
         source: cifar-100-python.tar.gz, its unpacked folder, or a folder of Hugging Face parquet files; without it the
             archive is downloaded.
     """
-    from lgm_dist.data.fc100 import fc100_source
+    from lgm_dist.data.sources.fc100 import fc100_source
 
     _prepare(fc100_source(source), out)
 
@@ -39,7 +39,7 @@ def folder(source: Path, out: Path, name: str, size: int | None = None) -> None:
         name: Name of the data set.
         size: Resize every image to size x size pixels.
     """
-    from lgm_dist.data.folder import folder_source
+    from lgm_dist.data.sources.folder import folder_source
 
     _prepare(folder_source(str(source), name, size), out)
 
@@ -51,7 +51,7 @@ def glyphs(out: Path) -> None:
     Args:
         out: Folder of the shards.
     """
-    from lgm_dist.data.glyphs import glyphs_source
+    from lgm_dist.data.sources.glyphs import glyphs_source
 
     _prepare(glyphs_source(), out)
 

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
-from lgm_dist.cli import RunFailed, status_of, table
+from lgm_dist.console import RunFailed, status_of, table
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "http://127.0.0.1:8265"
@@ -141,7 +141,7 @@ def environment_of(assignments: list[str]) -> dict[str, str]:
 
 def _commit() -> str:
     """The commit of what is uploaded, which has no .git to ask."""
-    from lgm_dist.job import commit
+    from lgm_dist.runs.job import commit
 
     return commit()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from lgm_dist.cli import leak_note, status_of, table
-from lgm_dist.flags import Flags, parse
+from lgm_dist.cli.flags import Flags, parse
+from lgm_dist.console import leak_note, status_of, table
 
 
 class TrainFlags(Flags):
@@ -15,8 +15,8 @@ class TrainFlags(Flags):
 def main(argv: list[str]) -> None:
     """Parses, trains, prints the test accuracy and where everything lies."""
     config = parse(TrainFlags, argv)[0]
-    from lgm_dist.job import read_result  # after parsing: --help and a mistyped flag need no torch
-    from lgm_dist.ray_train import fit
+    from lgm_dist.cluster.fit import fit
+    from lgm_dist.runs.job import read_result  # after parsing: --help and a mistyped flag need no torch
 
     run = fit(config)
     result = read_result(run)

@@ -11,8 +11,8 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-from lgm_dist.cli import RunFailed, status_of
 from lgm_dist.config import Config
+from lgm_dist.console import RunFailed, status_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Flags:
 def main(argv: list[str]) -> None:
     """Parses, replays and prints a line a run."""
     flags = tyro.cli(Flags, args=argv)
-    from lgm_dist.job import read_config
-    from lgm_dist.tracking import replay
-    from lgm_dist.wandb_process import wandb_mode
+    from lgm_dist.runs.job import read_config
+    from lgm_dist.tracking.mirror import replay
+    from lgm_dist.tracking.wandb_process import wandb_mode
 
     if wandb_mode(Config(wandb=flags.wandb)) == "disabled":
         raise ValueError("WANDB_MODE (disabled) leaves nowhere to send to; give --wandb online or --wandb offline")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 
 def _runs(path: Path) -> Iterator[Path]:
-    from lgm_dist.sweeps import SWEEP, read_sweep
+    from lgm_dist.runs.sweep_folder import SWEEP, read_sweep
 
     if (path / SWEEP).exists():
         yield from (trial.run for trial in read_sweep(path).trials if trial.rows)

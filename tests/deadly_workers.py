@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
 
-from lgm_dist.rendezvous import OwnAddress, _Rendezvous
+from lgm_dist.cluster.rendezvous import OwnAddress, _Rendezvous
 
 
 class DiesOnce(OwnAddress):

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lgm_dist.processes import below, handles, kill
-from lgm_dist.ray_cluster import RAY_ENVIRONMENT
+from lgm_dist.cluster.connection import RAY_ENVIRONMENT
+from lgm_dist.cluster.processes import below, handles, kill
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from lgm_dist import analysis, checkpoint
-from lgm_dist.analysis import analyse, read_analysis
 from lgm_dist.config import Config, Protocol
 from lgm_dist.data import ImageBank, open_bank, sample_episodes
 from lgm_dist.data.episodes import draw_noise, draw_rows, load_images
-from lgm_dist.engine import evaluate, make_optimizer, train_step
 from lgm_dist.model import LGMNet
+from lgm_dist.report import analysis
+from lgm_dist.report.analysis import analyse, read_analysis
+from lgm_dist.runs import checkpoint
+from lgm_dist.training.engine import evaluate, make_optimizer, train_step
 
 
 def trained(config: Config, run: Path, steps: int = 15) -> Path:

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lgm_dist import checkpoint
 from lgm_dist.config import Config, ModelConfig
 from lgm_dist.data import fetch
-from lgm_dist.engine import Worker
-from lgm_dist.job import device_of, make_job
-from lgm_dist.metrics import read_metrics
-from lgm_dist.training import STOP, train_fn
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.job import device_of, make_job
+from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.training.engine import Worker
+from lgm_dist.training.loop import STOP, train_fn
 
 INTEGERS = {
     **dict.fromkeys(("ways", "eval_ways"), (2, 3, 6)),

@@ -23,12 +23,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lgm_dist import checkpoint
-from lgm_dist.checkpoint import TrainState
 from lgm_dist.config import Config
 from lgm_dist.data import open_bank, sample_episodes
-from lgm_dist.engine import Evaluation, Score, make_optimizer, train_step
 from lgm_dist.model import LGMNet
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.checkpoint import TrainState
+from lgm_dist.training.engine import Evaluation, Score, make_optimizer, train_step
 
 Run = tuple[LGMNet, torch.optim.Optimizer]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from lgm_dist import flags
-from lgm_dist.cli import RunFailed, leak_note, status_of, table
 from lgm_dist.config import PRESETS, Config, ModelConfig
+from lgm_dist.cli import flags
+from lgm_dist.console import RunFailed, leak_note, status_of, table
 
 DEMO_MODEL = replace(PRESETS["demo"].model, filters=16)
 

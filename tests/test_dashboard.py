@@ -19,8 +19,8 @@ import pytest
 from fabricated import row, write_run, write_sweep, write_trial
 from test_scripts import script as load
 
-from lgm_dist.cli import status_of
 from lgm_dist.config import Config
+from lgm_dist.console import status_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1:DeprecationWarning")  # wandb_workspaces' own
 SCRIPT = Path(__file__).parents[1] / "scripts" / "dashboard.py"

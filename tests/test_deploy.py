@@ -16,8 +16,8 @@ import pytest
 import yaml
 from test_scripts import script
 
-from lgm_dist.flags import Flags, parse
-from lgm_dist.ray_cluster import prepare_for_ray
+from lgm_dist.cli.flags import Flags, parse
+from lgm_dist.cluster.connection import prepare_for_ray
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

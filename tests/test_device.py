@@ -13,9 +13,9 @@ from test_episodes import make_bank
 from lgm_dist.config import Config, ModelConfig, Protocol, Split
 from lgm_dist.data import sample_episodes
 from lgm_dist.data.device import DeviceSampler, choose, philox
-from lgm_dist.engine import Worker, gradients, make_optimizer, train_step
 from lgm_dist.model import LGMNet
-from lgm_dist.steps import AHEAD, DeviceSteps, HostSteps, make_steps
+from lgm_dist.training.engine import Worker, gradients, make_optimizer, train_step
+from lgm_dist.training.steps import AHEAD, DeviceSteps, HostSteps, make_steps
 
 Precision = Literal["float32", "tf32", "bf16"]
 

@@ -21,8 +21,17 @@ from lgm_dist.bench import steps
 from lgm_dist.config import Config, ModelConfig, Protocol
 from lgm_dist.data import EpisodeBatch, ImageBank, open_bank, sample_episodes
 from lgm_dist.data.episodes import draw_noise
-from lgm_dist.engine import Evaluation, Score, Worker, evaluate, learning_rate, make_optimizer, set_rates, train_step
 from lgm_dist.model import LGMNet
+from lgm_dist.training.engine import (
+    Evaluation,
+    Score,
+    Worker,
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    set_rates,
+    train_step,
+)
 
 Array = npt.NDArray[np.float64]
 Optimizer = torch.optim.Optimizer
@@ -341,7 +350,7 @@ def test_evaluation_against_a_loop_over_episodes(
     images_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lgm_dist.engine.IMAGES_AT_ONCE", images_at_once)
+    monkeypatch.setattr("lgm_dist.training.engine.IMAGES_AT_ONCE", images_at_once)
     config, bank = replace(small, protocol=protocol), bank_of(small, "val")
     trained.answers.clear()
     found = evaluate(trained, bank, config, "val", 12, draws)

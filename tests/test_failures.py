@@ -21,17 +21,17 @@ import torch
 from test_train import config, digests, history
 from worker_processes import run_workers
 
-from lgm_dist import training
-from lgm_dist.checkpoint_files import read_meta
-from lgm_dist.cli import RunFailed
+from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config
+from lgm_dist.console import RunFailed
 from lgm_dist.data import open_bank, sample_episodes
-from lgm_dist.diagnosis import explain
-from lgm_dist.engine import Worker, make_optimizer, train_step
-from lgm_dist.job import make_job
-from lgm_dist.metrics import read_metrics
-from lgm_dist.ray_train import train
-from lgm_dist.training import STOP, NotFinite, build_model, stop_on_signals, train_fn
+from lgm_dist.runs.checkpoint_files import read_meta
+from lgm_dist.runs.job import make_job
+from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.training.diagnosis import explain
+from lgm_dist.training.engine import Worker, make_optimizer, train_step
+from lgm_dist.training.loop import STOP, NotFinite, build_model, stop_on_signals, train_fn
+from lgm_dist.training import loop as training
 
 
 def trained(config: Config) -> Path:

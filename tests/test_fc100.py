@@ -23,10 +23,10 @@ import pytest
 from PIL import Image
 
 from lgm_dist.config import SPLITS
-from lgm_dist.data import fc100
-from lgm_dist.data.fc100 import fc100_source, split_table
 from lgm_dist.data.shards import channel_statistics, image_histogram
 from lgm_dist.data.source import DataSource
+from lgm_dist.data.sources import fc100
+from lgm_dist.data.sources.fc100 import fc100_source, split_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GROUPS = {name: group for t in split_table().values() for group, names in t.items() for name in names}

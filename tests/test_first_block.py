@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model import LGMNet, first_block
+from lgm_dist.model import LGMNet
+from lgm_dist.model.kernels import first_block
 from lgm_dist.model.norm import Norm
 
 FILTERS = 8

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from lgm_dist.data.bank import open_bank
-from lgm_dist.data.folder import folder_source
 from lgm_dist.data.shards import write_shards
+from lgm_dist.data.sources.folder import folder_source
 
 RNG = np.random.default_rng(11)
 PIXELS = RNG.integers(0, 256, (8, 10, 3), dtype=np.uint8)

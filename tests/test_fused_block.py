@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model import fused_block
+from lgm_dist.model.kernels import fused_block
 from lgm_dist.model.norm import Norm
 
 NAMES = ("out", "gradient", "weight's gradient", "bias's gradient", "running mean", "running variance")
@@ -189,7 +189,7 @@ def test_all_of_it_in_the_interpreter() -> None:
 
 
 def test_triton_is_neither_needed_nor_imported_without_a_gpu() -> None:
-    code = "import sys, torch\nfrom lgm_dist.model.fused_block import available\nassert not available(torch.zeros(1))\n"
+    code = "import sys, torch\nfrom lgm_dist.model.kernels.fused_block import available\nassert not available(torch.zeros(1))\n"
     run(["-c", code + "assert 'triton' not in sys.modules"], TRITON_INTERPRET="0")
     run(["-c", f"import sys\nsys.modules['triton'] = None\n{code}"], TRITON_INTERPRET="1")
 

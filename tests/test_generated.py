@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
 from lgm_dist.model import LGMNet
-from lgm_dist.model.generated import convolve
+from lgm_dist.model.kernels.episode_convolution import convolve
 from lgm_dist.model.lgmnet import matching_features
 
 

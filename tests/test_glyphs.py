@@ -14,7 +14,7 @@ from fontTools.ttLib import TTFont
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from lgm_dist.data.glyphs import ALPHABETS, FACES, IMAGES_PER_CLASS, glyph_image, glyphs_source
+from lgm_dist.data.sources.glyphs import ALPHABETS, FACES, IMAGES_PER_CLASS, glyph_image, glyphs_source
 
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 LETTERS = "".join(ALPHABETS.values())
@@ -99,7 +99,7 @@ def test_bytes_do_not_depend_on_order_or_process() -> None:
     assert [hashlib.sha256(samples[place].read()).hexdigest() for place in reversed(places)] == here[::-1]
     program = """if True:
         import hashlib
-        from lgm_dist.data.glyphs import glyphs_source
+        from lgm_dist.data.sources.glyphs import glyphs_source
         samples = glyphs_source().splits["val"].samples
         for place in range(1880, -1, -40):
             print(hashlib.sha256(samples[place].read()).hexdigest())

@@ -9,10 +9,10 @@ from golden_recipe import CASES, inputs, variables
 from torch.nn import functional as F
 
 from lgm_dist.config import Config
-from lgm_dist.engine import arithmetic, make_optimizer, set_rates
 from lgm_dist.model import LGMNet, load_tf_variables
 from lgm_dist.model.lgmnet import _unit, matching_features
 from lgm_dist.model.tensorflow import tf_names
+from lgm_dist.training.engine import arithmetic, make_optimizer, set_rates
 
 FOLDER = Path(__file__).parent / "golden"
 VARIABLES = variables()

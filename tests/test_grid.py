@@ -22,13 +22,14 @@ import grid_cells
 import numpy as np
 import pytest
 
-from lgm_dist import ray_cluster, ray_train
-from lgm_dist.checkpoint import best, load_model
-from lgm_dist.cli import RunFailed, status_of
+from lgm_dist.cluster import connection as ray_cluster
+from lgm_dist.cluster import fit as ray_train
 from lgm_dist.config import Config
+from lgm_dist.console import RunFailed, status_of
 from lgm_dist.data import open_bank, sample_episodes
-from lgm_dist.job import read_config
-from lgm_dist.metrics import read_metrics
+from lgm_dist.runs.checkpoint import best, load_model
+from lgm_dist.runs.job import read_config
+from lgm_dist.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CELLS = ["2w1s", "2w2s", "3w1s", "3w2s"]

@@ -113,7 +113,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_network_and_its_benchmark_need_torch_and_numpy_alone() -> None:
     blocked = ("ray", "wandb", "webdataset", "pyarrow", "matplotlib", "tyro", "tqdm", "PIL", "torchvision", "triton")
-    modules = "lgm_dist.model, lgm_dist.data.bank, lgm_dist.data.episodes, lgm_dist.engine"
+    modules = "lgm_dist.model, lgm_dist.data.bank, lgm_dist.data.episodes, lgm_dist.training.engine"
     # One by one, in processes of their own, would tell no more: an import that fails is named in the error.
     done = python(f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {modules}")
     assert done.returncode == 0, done.stderr
@@ -121,5 +121,7 @@ def test_the_network_and_its_benchmark_need_torch_and_numpy_alone() -> None:
 
 
 def test_config_and_command_line_helpers_load_no_library() -> None:
-    code = "import sys, lgm_dist.config, lgm_dist.cli\nprint(*{'torch', 'numpy', 'ray', 'tyro'} & sys.modules.keys())"
+    code = (
+        "import sys, lgm_dist.config, lgm_dist.console\nprint(*{'torch', 'numpy', 'ray', 'tyro'} & sys.modules.keys())"
+    )
     assert python(code).stdout == "\n"

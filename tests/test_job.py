@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from test_shards import tiny_source
 
+from lgm_dist.cluster.fit import fit
 from lgm_dist.config import Config
 from lgm_dist.data.manifest import read_manifest
 from lgm_dist.data.shards import write_shards
-from lgm_dist.engine import Worker
-from lgm_dist.job import commit, make_folder, make_job, read_config, read_result, threads_of, write_facts
-from lgm_dist.ray_train import fit
+from lgm_dist.runs.job import commit, make_folder, make_job, read_config, read_result, threads_of, write_facts
+from lgm_dist.training.engine import Worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def test_another_number_of_workers_is_said_once(
 
 
 def test_elastic_workers_share_the_cores_as_if_all_were_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lgm_dist.job.os.cpu_count", lambda: 8)
+    monkeypatch.setattr("lgm_dist.runs.job.os.cpu_count", lambda: 8)
     assert threads_of(Config(workers=1, max_workers=4)) == 2
     assert threads_of(Config(workers=2)) == 4
     assert threads_of(Config(workers=16)) == 1

@@ -22,10 +22,10 @@ from head_node import ROOT, Head, free_ports, head_node, listening_sockets, wait
 from offline_runs import folders, history, inspect
 from test_scripts import run
 
-from lgm_dist.job import commit
-from lgm_dist.metrics import read_metrics
-from lgm_dist.processes import below
-from lgm_dist.ray_cluster import prepare_for_ray
+from lgm_dist.cluster.connection import prepare_for_ray
+from lgm_dist.cluster.processes import below
+from lgm_dist.runs.job import commit
+from lgm_dist.runs.metrics import read_metrics
 
 SECRET = "0123456789abcdef-not-a-key"
 

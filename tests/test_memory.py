@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from lgm_dist.memory import ONE_ARENA
+from lgm_dist.training.memory import ONE_ARENA
 
 PAGES = 40 * 64 * 2**20 // 4096
 PROGRAM = """
 import resource, sys, threading, torch
-from lgm_dist.memory import keep_freed_memory
+from lgm_dist.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def work():

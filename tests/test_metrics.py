@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lgm_dist.metrics import MetricsLog, read_metrics
+from lgm_dist.runs.metrics import MetricsLog, read_metrics
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -20,7 +20,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that tests set: clock[0], in seconds."""
     now = [1000.0]
-    monkeypatch.setattr("lgm_dist.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lgm_dist.runs.metrics.time.monotonic", lambda: now[0])
     return now
 
 

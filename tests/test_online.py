@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 DRIVER = """
 import sys, time
 from pathlib import Path
-from lgm_dist import tracking
+from lgm_dist.tracking import mirror as tracking
 from lgm_dist.config import Config
-from lgm_dist.metrics import MetricsLog
+from lgm_dist.runs.metrics import MetricsLog
 tracking.POLL_SECONDS = 0.02
 run, rows, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 log = MetricsLog(run, 0)

@@ -18,14 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-from lgm_dist import checkpoint, plots
-from lgm_dist.cli import tell
 from lgm_dist.config import Config, Protocol
+from lgm_dist.console import tell
 from lgm_dist.data import open_bank, sample_episodes
-from lgm_dist.engine import evaluate, make_optimizer, train_step
-from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
-from lgm_dist.progress import Progress
+from lgm_dist.report import plots
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.metrics import MetricsLog
+from lgm_dist.runs.progress import Progress
+from lgm_dist.training.engine import evaluate, make_optimizer, train_step
 
 
 def train(config: Config, run: Path) -> Path:

@@ -69,7 +69,7 @@ def test_fc100_is_prepared_once_by_processes_that_start_together(tmp_path: Path,
 
 
 def test_glyphs_need_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    glyphs = pytest.importorskip("lgm_dist.data.glyphs")
+    glyphs = pytest.importorskip("lgm_dist.data.sources.glyphs")
     monkeypatch.setattr(glyphs, "IMAGES_PER_CLASS", 2)
     manifest = shards.read_manifest(ensure_manifest("glyphs", str(tmp_path), ""))
     assert manifest.name == "glyphs"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lgm_dist.processes import below, handles, has_ended, have_handles, kill
+from lgm_dist.cluster.processes import below, handles, has_ended, have_handles, kill
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ def test_without_descriptors_of_processes_there_are_none(monkeypatch: pytest.Mon
 
 ADOPTS = """
 import os, subprocess, time
-from lgm_dist.processes import adopt_orphans, below, handles, kill
+from lgm_dist.cluster.processes import adopt_orphans, below, handles, kill
 
 adopt_orphans(True)
 shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!"], stdout=subprocess.PIPE, text=True)
@@ -122,7 +122,7 @@ def test_a_process_that_has_ended_meanwhile_is_no_error_and_its_descriptor_is_cl
 
 HANGS_AT_ITS_END = """
 import os, threading, time, ray
-from lgm_dist.ray_cluster import connect, disconnect
+from lgm_dist.cluster.connection import connect, disconnect
 
 @ray.remote(num_cpus=0)
 class Actor:

@@ -10,8 +10,8 @@ import pytest
 from ranking import Importance, difference, importances, levels, sample_of
 from swept import LR, NOISE, NORM, SCOPE, WEIGHT_DECAY, add, begin, same, winner_and_second
 
-from lgm_dist.engine import Score
-from lgm_dist.sweeps import read_sweep
+from lgm_dist.runs.sweep_folder import read_sweep
+from lgm_dist.training.engine import Score
 
 
 @pytest.fixture

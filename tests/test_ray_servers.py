@@ -14,11 +14,11 @@ import pytest
 from test_processes import state
 from test_train import config, digests, history
 
-from lgm_dist import ray_cluster
-from lgm_dist.metrics import read_metrics
-from lgm_dist.processes import below, handles
-from lgm_dist.ray_cluster import RayEnded, Watch
-from lgm_dist.ray_train import fit
+from lgm_dist.cluster import connection as ray_cluster
+from lgm_dist.cluster.connection import RayEnded, Watch
+from lgm_dist.cluster.fit import fit
+from lgm_dist.cluster.processes import below, handles
+from lgm_dist.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_scripts import script
 
-from lgm_dist.flags import parse
+from lgm_dist.cli.flags import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,7 +54,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         called: list[object] = []
         module = script(name)
         monkeypatch.setattr(module, "_prepare", lambda *a: called.append(a))
-        monkeypatch.setattr(f"lgm_dist.data.{words[0]}.{words[0]}_source", lambda *a: a)
+        monkeypatch.setattr(f"lgm_dist.data.sources.{words[0]}.{words[0]}_source", lambda *a: a)
         module.main(words)
         assert called
     else:

@@ -13,7 +13,7 @@ from fabricated import row, write_run, write_sweep, write_trial
 from offline_runs import folders, history, inspect, of_type
 
 from lgm_dist.config import Config
-from lgm_dist.tracking import Mirror
+from lgm_dist.tracking.mirror import Mirror
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Config(name="a-run")
@@ -114,9 +114,9 @@ def test_a_failure_is_said_and_ends_with_status_1(tmp_path: Path) -> None:
 
 
 def test_evaluate_is_a_run_of_its_own(tmp_path: Path, small: Config) -> None:
-    from lgm_dist import checkpoint
-    from lgm_dist.engine import Worker, make_optimizer
-    from lgm_dist.training import build_model
+    from lgm_dist.runs import checkpoint
+    from lgm_dist.training.engine import Worker, make_optimizer
+    from lgm_dist.training.loop import build_model
 
     config = replace(small, name="a-run", storage=str(tmp_path), wandb="disabled")
     model = build_model(config, Worker())

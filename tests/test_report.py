@@ -18,12 +18,12 @@ import pytest
 from fabricated import FACTS, PNG, row, write_run, write_sweep, write_trial
 from PIL import Image
 
+from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config, ModelConfig
-from lgm_dist.job import make_job, read_result
-from lgm_dist.metrics import read_metrics
-from lgm_dist.ray_train import train
 from lgm_dist.report import write_report
 from lgm_dist.report.charts import Line, chart, thin
+from lgm_dist.runs.job import make_job, read_result
+from lgm_dist.runs.metrics import read_metrics
 
 BASE = Config(data="fc100", meta_batch=10, epochs=1, steps_per_epoch=300, eval_episodes=4, wandb="disabled")
 TESTED = {"test/accuracy": 0.3338, "test/ci95": 0.0041, "test/episodes": 2000}

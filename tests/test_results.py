@@ -12,7 +12,7 @@ import results
 from swept import BASE, add, begin, same, winner_and_second
 
 from lgm_dist.config import Config
-from lgm_dist.sweeps import read_sweep
+from lgm_dist.runs.sweep_folder import read_sweep
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from lgm_dist import ray_train
-from lgm_dist.cli import status_of
+from lgm_dist.cluster import fit as ray_train
+from lgm_dist.cluster.fit import fit
 from lgm_dist.config import Config
-from lgm_dist.ray_train import fit
+from lgm_dist.console import status_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from test_tracking import drive
 
+from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config
-from lgm_dist.job import make_job
-from lgm_dist.ray_train import train
-from lgm_dist.tracking import Mirror
+from lgm_dist.runs.job import make_job
+from lgm_dist.tracking.mirror import Mirror
 
 KEY = "5ecde7" * 6 + "abcd"
 """40 letters, as W&B's are."""

@@ -18,8 +18,8 @@ import pytest
 from offline_runs import folders, history, inspect, of_type
 
 from lgm_dist.config import Config
-from lgm_dist.metrics import read_metrics
-from lgm_dist.sweeps import read_sweep
+from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.runs.sweep_folder import read_sweep
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 240

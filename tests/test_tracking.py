@@ -19,11 +19,11 @@ import pytest
 from fabricated import FACTS, PNG
 from offline_runs import Records, folders, history, inspect, merged, of_type
 
-from lgm_dist import tracking
 from lgm_dist.config import Config
-from lgm_dist.metrics import MetricsLog, read_metrics
-from lgm_dist.tracking import Mirror, log_evaluation
-from lgm_dist.wandb_process import wandb_mode
+from lgm_dist.runs.metrics import MetricsLog, read_metrics
+from lgm_dist.tracking.mirror import Mirror, log_evaluation
+from lgm_dist.tracking import mirror as tracking
+from lgm_dist.tracking.wandb_process import wandb_mode
 
 SILENT = Config(wandb="disabled")
 OFFLINE = Config(wandb="offline", name="a-run", ways=7)
@@ -151,9 +151,9 @@ def test_rows_that_come_again_are_not_sent_again(tmp_path: Path, in_place: bool)
 DRIVER = """
 import sys, time
 from pathlib import Path
-from lgm_dist import tracking
+from lgm_dist.tracking import mirror as tracking
 from lgm_dist.config import Config
-from lgm_dist.metrics import MetricsLog
+from lgm_dist.runs.metrics import MetricsLog
 tracking.POLL_SECONDS = 0.02
 run, rows, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 log = MetricsLog(run, 0)
@@ -445,7 +445,7 @@ sys.modules["wandb"] = sys.modules["wandb.sdk"] = None
 from pathlib import Path
 from dataclasses import replace
 from test_tracking import OFFLINE
-from lgm_dist.tracking import Mirror
+from lgm_dist.tracking.mirror import Mirror
 with Mirror(Path({str(tmp_path)!r}), replace(OFFLINE, wandb={mode!r})):
     pass
 """
@@ -528,8 +528,8 @@ SERVICE_ENDS = """
 import os, signal, sys, time
 from pathlib import Path
 from lgm_dist.config import Config
-from lgm_dist.metrics import MetricsLog
-from lgm_dist.tracking import Mirror
+from lgm_dist.runs.metrics import MetricsLog
+from lgm_dist.tracking.mirror import Mirror
 run = Path(sys.argv[1])
 log, start = MetricsLog(run, 0), "start" in sys.argv
 with Mirror(run, Config(wandb="offline")) as mirror:
@@ -585,7 +585,7 @@ import sys
 sys.modules["wandb"] = None
 from pathlib import Path
 from lgm_dist.config import Config
-from lgm_dist.tracking import Mirror, log_evaluation
+from lgm_dist.tracking.mirror import Mirror, log_evaluation
 with Mirror(Path({str(tmp_path)!r}), Config(wandb="disabled")):
     Path({str(tmp_path)!r}, "metrics.jsonl").write_text('{{"step": 1}}\\n')
 log_evaluation(Config(wandb="disabled"), Path("nowhere"), "fc100", [])

@@ -21,13 +21,13 @@ import pytest
 from head_node import listening_sockets
 from test_scripts import run as run_script
 
-from lgm_dist.cli import RunFailed
+from lgm_dist.cluster.connection import disconnect, start_local_ray
+from lgm_dist.cluster.fit import fit
+from lgm_dist.cluster.processes import below
 from lgm_dist.config import Config
-from lgm_dist.job import read_result
-from lgm_dist.metrics import read_metrics
-from lgm_dist.processes import below
-from lgm_dist.ray_cluster import disconnect, start_local_ray
-from lgm_dist.ray_train import fit
+from lgm_dist.console import RunFailed
+from lgm_dist.runs.job import read_result
+from lgm_dist.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "speed/episodes_per_s", "memory/peak_bytes"}
@@ -151,7 +151,7 @@ STOPPABLE = """
 import sys
 from pathlib import Path
 from test_train import config, fit
-from lgm_dist.cli import RunFailed
+from lgm_dist.console import RunFailed
 import torch
 torch.set_num_threads(1)
 try:
@@ -268,7 +268,7 @@ class TestUnderRay:
         import deadly_workers  # here, as it loads Ray
         import ray
 
-        from lgm_dist import rendezvous
+        from lgm_dist.cluster import rendezvous
 
         met = tmp_path / "met"
         ray.cloudpickle.register_pickle_by_value(deadly_workers)

@@ -25,11 +25,11 @@ import pytest
 from test_fc100 import pack, python2_pickle, write_official, write_parquet
 from test_shards import edit, tiny_source
 
-from lgm_dist.data import cifar_archive
 from lgm_dist.data.bank import open_bank
-from lgm_dist.data.fc100 import fc100_source
-from lgm_dist.data.folder import folder_source
 from lgm_dist.data.shards import write_shards
+from lgm_dist.data.sources import cifar_archive
+from lgm_dist.data.sources.fc100 import fc100_source
+from lgm_dist.data.sources.folder import folder_source
 
 SIDE = 60_000
 

@@ -22,8 +22,8 @@ from worker_processes import run_workers, train
 
 from lgm_dist.config import Config, ModelConfig
 from lgm_dist.data import open_bank
-from lgm_dist.engine import Worker, evaluate
-from lgm_dist.training import build_model
+from lgm_dist.training.engine import Worker, evaluate
+from lgm_dist.training.loop import build_model
 
 STEPS, UNEVEN_STEPS, EVAL_EPISODES = 20, 3, 30
 WORLD_SIZES = (1, 2, 4)

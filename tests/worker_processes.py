@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from lgm_dist.collectives import data_parallel, make_all_reduce
+from lgm_dist.cluster.collectives import data_parallel, make_all_reduce
 from lgm_dist.config import Config
 from lgm_dist.data import open_bank, sample_episodes
-from lgm_dist.engine import Worker, make_optimizer, train_step
-from lgm_dist.training import build_model
+from lgm_dist.training.engine import Worker, make_optimizer, train_step
+from lgm_dist.training.loop import build_model
 
 _PATIENCE = 120  # seconds until a run of processes counts as hung
 
@@ -31,7 +31,7 @@ def run_workers(world_size: int, folder: Path, work: Callable[..., Any], *argume
         return [work(Worker(), *arguments)]
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every worker
-    context.set_forkserver_preload(["torch._dynamo", "lgm_dist.ray_train"])  # the first, since optimizers import it
+    context.set_forkserver_preload(["torch._dynamo", "lgm_dist.cluster.fit"])  # the first, since optimizers import it
     processes = [
         context.Process(target=_process, args=(rank, world_size, folder, work, arguments)) for rank in range(world_size)
     ]
@@ -62,7 +62,7 @@ def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any],
 
 
 def train(worker: Worker, config: Config, dtype: torch.dtype, steps: int) -> tuple[list[float], dict[str, Tensor]]:
-    """The steps of lgm_dist.training.train_fn in `dtype`: the meta-batch's loss at each, and the model's state after."""
+    """The steps of lgm_dist.training.loop.train_fn in `dtype`: the meta-batch's loss at each, and the model's state after."""
     bank = open_bank(config.data, "train", config.cache)
     model = build_model(config, worker).to(dtype).train()
     parallel = data_parallel(model, worker)

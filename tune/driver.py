@@ -26,15 +26,15 @@ from results import markdown, write_results
 from spaces import PERTURBED, LogUniform, Space, apply, evaluations_of, images_per_step, read_space, suggest
 from trial import EXPLOITABLE, Plan, run_trial
 
-from lgm_dist.checkpoint import load_model
-from lgm_dist.cli import RunFailed, leak_note
+from lgm_dist.cluster.connection import connect, disconnect
 from lgm_dist.config import Config
+from lgm_dist.console import RunFailed, leak_note
 from lgm_dist.data import open_bank
-from lgm_dist.engine import evaluate
-from lgm_dist.job import device_of
-from lgm_dist.ray_cluster import connect, disconnect
 from lgm_dist.report import write_report
-from lgm_dist.sweeps import Trial, read_sweep
+from lgm_dist.runs.checkpoint import load_model
+from lgm_dist.runs.job import device_of
+from lgm_dist.runs.sweep_folder import Trial, read_sweep
+from lgm_dist.training.engine import evaluate
 
 for module in ("spaces", "trial"):
     # The workers of a submitted job have the repository's root in their path, not this folder.

@@ -12,9 +12,9 @@ from typing import Annotated
 from spaces import budgeted, images_per_step
 from tyro.conf import Suppress, arg
 
-from lgm_dist.cli import RunFailed, status_of
+from lgm_dist.cli.flags import Flags, parse
 from lgm_dist.config import Config
-from lgm_dist.flags import Flags, parse
+from lgm_dist.console import RunFailed, status_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 from grid_cells import cross_scores, finished, run_of
 from spaces import images_per_step
 
-from lgm_dist.cli import leak_note, table
 from lgm_dist.config import Config
-from lgm_dist.job import FACTS, read_result
+from lgm_dist.console import leak_note, table
+from lgm_dist.runs.job import FACTS, read_result
 
 MISSING = "—"
 HEADER = (

@@ -13,10 +13,10 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from trial import Plan, identify
 
-from lgm_dist.cli import RunFailed, table
-from lgm_dist.job import read_config
-from lgm_dist.sweeps import Trial, read_sweep, read_trial, write_trial
-from lgm_dist.tracking import Mirror
+from lgm_dist.console import RunFailed, table
+from lgm_dist.runs.job import read_config
+from lgm_dist.runs.sweep_folder import Trial, read_sweep, read_trial, write_trial
+from lgm_dist.tracking.mirror import Mirror
 
 REDRAW_SECONDS = {True: 2.0, False: 30.0}
 """Between two tables, on a terminal and into a file."""

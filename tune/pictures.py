@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from ranking import FORESTS, Level, best_percent, importances, leak, levels, place, sample_of, short, space_of, ticks
 from spaces import Choice, Param
 
-from lgm_dist.sweeps import Sweep
+from lgm_dist.runs.sweep_folder import Sweep
 
 PARALLEL, IMPORTANCE, TIME = "parallel.png", "importance.png", "time.png"
 ENOUGH = 10

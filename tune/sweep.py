@@ -25,9 +25,9 @@ from spaces import (
     without_worker_scope,
 )
 
-from lgm_dist.cli import status_of
+from lgm_dist.cli.flags import Flags, parse
 from lgm_dist.config import Config
-from lgm_dist.flags import Flags, parse
+from lgm_dist.console import status_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     folder = Path(config.storage).absolute() / (config.name or f"sweep-{Path(flags.space).stem}")
     if not flags.resume:
         _begin(folder, config, flags, argv)
-    from lgm_dist.ray_cluster import prepare_for_ray  # after parsing: --help and a mistyped flag need no torch
+    from lgm_dist.cluster.connection import prepare_for_ray  # after parsing: --help and a mistyped flag need no torch
 
     prepare_for_ray()
     from driver import finish, search
@@ -75,8 +75,8 @@ def main(argv: list[str]) -> None:
 
 def _begin(folder: Path, config: Config, flags: SweepFlags, argv: list[str]) -> None:
     """Checks everything, before Ray starts, and writes sweep.json."""
-    from lgm_dist.job import commit, make_folder
-    from lgm_dist.sweeps import SWEEP
+    from lgm_dist.runs.job import commit, make_folder
+    from lgm_dist.runs.sweep_folder import SWEEP
 
     if (folder / SWEEP).exists():
         raise ValueError(
@@ -118,7 +118,7 @@ def _base(config: Config, flags: SweepFlags) -> Config:
             f"samples ({flags.samples}) must be at least 1 and max_concurrent ({flags.max_concurrent}) at least 0"
         )
     from lgm_dist.data.prepare import ensure_manifest
-    from lgm_dist.job import open_banks
+    from lgm_dist.runs.job import open_banks
 
     manifest = ensure_manifest(config.data, config.data_root, config.source)
     base = dataclasses.replace(

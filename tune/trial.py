@@ -19,13 +19,13 @@ from typing import Any
 from ray import tune
 from spaces import Sample, apply, budgeted, evaluations_of
 
-from lgm_dist import checkpoint
+from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config
 from lgm_dist.data.lock import exclusive
-from lgm_dist.job import CONFIG, Job, make_job
-from lgm_dist.metrics import read_metrics
-from lgm_dist.ray_train import train
-from lgm_dist.sweeps import TRIAL, Trial, read_trial, write_trial
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.job import CONFIG, Job, make_job
+from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.runs.sweep_folder import TRIAL, Trial, read_trial, write_trial
 
 POINTER, EXPLOITABLE = "pointer.json", "exploitable"
 POLL_SECONDS = 0.2

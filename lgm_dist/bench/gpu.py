@@ -13,9 +13,9 @@ from lgm_dist.bench.measure import Section, Spread, in_turn, plain
 from lgm_dist.config import Config, Split
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.device import DeviceSampler
-from lgm_dist.engine import Worker, make_optimizer
 from lgm_dist.model import LGMNet
-from lgm_dist.steps import DeviceSteps, Steps
+from lgm_dist.training.engine import Worker, make_optimizer
+from lgm_dist.training.steps import DeviceSteps, Steps
 
 WAYS: dict[str, tuple[str, bool]] = {
     f"{precision}{', CUDA graph' if graph else ''}": (precision, graph)

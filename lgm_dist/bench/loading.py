@@ -16,9 +16,9 @@ from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import gather_episodes, load_images, sample_episodes
-from lgm_dist.engine import evaluate
-from lgm_dist.memory import keep_freed_memory
 from lgm_dist.model import LGMNet
+from lgm_dist.training.engine import evaluate
+from lgm_dist.training.memory import keep_freed_memory
 
 EPISODES = 64
 CONFIG = Config(ways=5, shot=1, query=15, augment=False)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lgm_dist.cli import table
-from lgm_dist.job import commit
+from lgm_dist.console import table
+from lgm_dist.runs.job import commit
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import torch
 
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.bench.steps import ROOT, Steps, batch_of
-from lgm_dist.collectives import all_reduce, data_parallel, make_all_reduce
+from lgm_dist.cluster.collectives import all_reduce, data_parallel, make_all_reduce
 from lgm_dist.config import Config
-from lgm_dist.engine import Worker, make_optimizer, train_step
-from lgm_dist.memory import keep_freed_memory, peak_memory
 from lgm_dist.model import AllReduce
-from lgm_dist.training import build_model
+from lgm_dist.training.engine import Worker, make_optimizer, train_step
+from lgm_dist.training.loop import build_model
+from lgm_dist.training.memory import keep_freed_memory, peak_memory
 
 META_BATCH, STEPS = 32, 12
 GRADIENTS = 2_661_376 * 4

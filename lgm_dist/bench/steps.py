@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from lgm_dist.config import Config
 from lgm_dist.data.episodes import EpisodeBatch
-from lgm_dist.engine import make_optimizer, train_step
-from lgm_dist.memory import keep_freed_memory, peak_memory
 from lgm_dist.model import LGMNet
+from lgm_dist.training.engine import make_optimizer, train_step
+from lgm_dist.training.memory import keep_freed_memory, peak_memory
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests/reference.py"

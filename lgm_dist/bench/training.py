@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lgm_dist.bench.measure import Section, Spread, plain, ratio
 from lgm_dist.bench.steps import ROOT, Steps, contender
-from lgm_dist.metrics import read_metrics
+from lgm_dist.runs.metrics import read_metrics
 
 STEPS, STARTING = 60, 20
 """Steps of a training, and those of them in which processes that have just started are still busy with themselves."""

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
 
 def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
     """--workers 1:4 on a cluster of this machine: a node is added, and one that works is removed without warning."""
-    from lgm_dist.ray_cluster import prepare_for_ray
+    from lgm_dist.cluster.connection import prepare_for_ray
 
     prepare_for_ray()
     from ray.cluster_utils import Cluster

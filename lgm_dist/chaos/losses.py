@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lgm_dist import checkpoint
-from lgm_dist.metrics import read_metrics
-from lgm_dist.wandb_process import held_steps
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.tracking.wandb_process import held_steps
 
 CLOCKS = ("seconds", "speed/", "memory/")
 """Columns of metrics.jsonl that differ between two equal runs."""

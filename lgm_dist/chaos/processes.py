@@ -14,7 +14,7 @@ from statistics import median
 
 from lgm_dist.chaos.losses import changed_bits, differing_losses, lost_rows, wandb_runs
 from lgm_dist.chaos.trainings import Outcome, Training, newest_step, past_this_step
-from lgm_dist.processes import below
+from lgm_dist.cluster.processes import below
 
 FAULTS = (
     *("worker", "rank 0", "W&B", "controller", "gcs_server", "raylet", "driver"),  # killed

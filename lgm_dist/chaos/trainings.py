@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import ClassVar
 
-from lgm_dist.cli import RunFailed, table
-from lgm_dist.metrics import METRICS, read_metrics
-from lgm_dist.processes import below
+from lgm_dist.cluster.processes import below
+from lgm_dist.console import RunFailed, table
+from lgm_dist.runs.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0

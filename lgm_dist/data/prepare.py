@@ -53,9 +53,9 @@ def ensure_manifest(data: str, data_root: str, source: str) -> str:
 
 def _built_in(name: str, source: str) -> DataSource:
     if name == "glyphs":
-        from lgm_dist.data.glyphs import glyphs_source
+        from lgm_dist.data.sources.glyphs import glyphs_source
 
         return glyphs_source()
-    from lgm_dist.data.fc100 import fc100_source
+    from lgm_dist.data.sources.fc100 import fc100_source
 
     return fc100_source(source)

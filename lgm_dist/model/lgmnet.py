@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.first_block import first_block
-from lgm_dist.model.fused_block import available, norm_relu_pool
-from lgm_dist.model.generated import convolve
+from lgm_dist.model.kernels.episode_convolution import convolve
+from lgm_dist.model.kernels.first_block import first_block
+from lgm_dist.model.kernels.fused_block import available, norm_relu_pool
 from lgm_dist.model.norm import AllReduce, Norm
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lgm_dist.config import Config
-from lgm_dist.job import CONFIG, FACTS, RESULT, read_config
-from lgm_dist.metrics import METRICS, read_metrics
-from lgm_dist.sweeps import SWEEP, TRIAL, Trial, read_trial
+from lgm_dist.runs.job import CONFIG, FACTS, RESULT, read_config
+from lgm_dist.runs.metrics import METRICS, read_metrics
+from lgm_dist.runs.sweep_folder import SWEEP, TRIAL, Trial, read_trial
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -176,7 +176,7 @@ def read_record(folder: Path, trial: Trial | None = None) -> Record:
 
 
 def read_sweep(folder: Path) -> SweepRecord:
-    """The sweep in `folder`; unlike lgm_dist.sweeps.read_sweep, with the trials that can be read."""
+    """The sweep in `folder`; unlike lgm_dist.runs.sweep_folder.read_sweep, with the trials that can be read."""
     damage: list[str] = []
     spec = read_dict(folder / SWEEP, damage)
     folders = sorted(path for path in folder.glob("trials/*") if _holds(path))

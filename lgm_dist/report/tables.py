@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lgm_dist.cli import leak_note
 from lgm_dist.config import Config
+from lgm_dist.console import leak_note
 from lgm_dist.report.records import Record, SweepRecord, attempt, number
 
 DASH = "—"

@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lgm_dist.config import SPLITS, Split
-from lgm_dist.data import cifar_archive
 from lgm_dist.data.bank import cache_folder
 from lgm_dist.data.keys import unique_keys
 from lgm_dist.data.png import encode
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
+from lgm_dist.data.sources import cifar_archive
 
 SHAPE = (32, 32, 3)
 FOLDER, ARCHIVE = "cifar-100-python", "cifar-100-python.tar.gz"
@@ -70,7 +70,7 @@ def fc100_source(source: str) -> DataSource:
 @functools.cache
 def split_table() -> dict[Split, dict[str, list[str]]]:
     """Classes by superclass by split, in the order of the labels; the file carries its citation."""
-    table = json.loads(resources.files("lgm_dist.data").joinpath("fc100_split.json").read_text("utf-8"))
+    table = json.loads(resources.files("lgm_dist.data.sources").joinpath("fc100_split.json").read_text("utf-8"))
     return {split: table[split] for split in SPLITS}
 
 

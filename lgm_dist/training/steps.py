@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lgm_dist.config import Config
 from lgm_dist.data import EpisodeBatch, ImageBank, sample_episodes
 from lgm_dist.data.device import DeviceSampler, Drawn
-from lgm_dist.engine import Worker, apply, gradients, train_step
 from lgm_dist.model import LGMNet
+from lgm_dist.training.engine import Worker, apply, gradients, train_step
 
 AHEAD = 32
 """Steps whose episodes are drawn at once on a GPU, where drawing takes as long for one step as for many."""

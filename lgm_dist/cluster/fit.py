@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from lgm_dist import checkpoint
-from lgm_dist.cli import RunFailed, tell
-from lgm_dist.collectives import make_all_reduce
+from lgm_dist.cluster.collectives import make_all_reduce
+from lgm_dist.cluster.connection import RayEnded, Watch, connect, disconnect, on_cluster, prepare_for_ray
 from lgm_dist.config import Config
+from lgm_dist.console import RunFailed, tell
 from lgm_dist.data import open_bank
-from lgm_dist.engine import Worker
-from lgm_dist.job import RESULT, Job, device_of, make_job, owned, persist
-from lgm_dist.memory import ONE_ARENA, keep_freed_memory
-from lgm_dist.metrics import METRICS
-from lgm_dist.progress import Progress
-from lgm_dist.ray_cluster import RayEnded, Watch, connect, disconnect, on_cluster, prepare_for_ray
-from lgm_dist.tracking import Mirror
-from lgm_dist.training import STOP, NotFinite, Report, stop_on_signals, train_fn
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.job import RESULT, Job, device_of, make_job, owned, persist
+from lgm_dist.runs.metrics import METRICS
+from lgm_dist.runs.progress import Progress
+from lgm_dist.tracking.mirror import Mirror
+from lgm_dist.training.engine import Worker
+from lgm_dist.training.loop import STOP, NotFinite, Report, stop_on_signals, train_fn
+from lgm_dist.training.memory import ONE_ARENA, keep_freed_memory
 
 _FOR_EVER = 10**6  # seconds
 
@@ -68,8 +68,8 @@ def train(job: Job, report: Report | None = None) -> None:
 
 def picture(job: Job) -> None:
     """Analyses the best checkpoint of a finished run and draws its pictures."""
-    from lgm_dist import plots  # here, as matplotlib takes a second of every start
-    from lgm_dist.analysis import analyse
+    from lgm_dist.report import plots  # here, as matplotlib takes a second of every start
+    from lgm_dist.report.analysis import analyse
 
     run, bank = Path(job.run), open_bank(job.manifest, "val", job.cache)
     analyse(run, bank)
@@ -139,8 +139,8 @@ def _trainer(job: Job, config: Config, alone: bool, watch: Callable[[], None]) -
     """`alone`: in a Ray of its own, which ends with it."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 
-    from lgm_dist.ray_trainer import Trainer
-    from lgm_dist.rendezvous import OwnAddress
+    from lgm_dist.cluster.rendezvous import OwnAddress
+    from lgm_dist.cluster.trainer import Trainer
 
     class Failures(UserCallback):
         """Says in the controller's output that workers are replaced."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lgm_dist.config import Config
 from lgm_dist.data import EpisodeBatch
-from lgm_dist.engine import Worker, arithmetic, log_probabilities
 from lgm_dist.model import LGMNet
+from lgm_dist.training.engine import Worker, arithmetic, log_probabilities
 
 
 def explain(model: LGMNet, batch: EpisodeBatch, config: Config, step: int, worker: Worker) -> str:

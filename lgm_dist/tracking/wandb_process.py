@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from lgm_dist.config import Config
-from lgm_dist.panels import DONE
+from lgm_dist.tracking.panels import DONE
 
 
 def wandb_mode(config: Config) -> str:

@@ -156,7 +156,7 @@ def _power_of_two(least: int) -> int:
 def _kernels() -> Any:
     """The module of the kernels, each of them compiled when it is first used; None without Triton."""
     try:
-        from lgm_dist.model import fused_kernels
+        from lgm_dist.model.kernels import triton_kernels as fused_kernels
     except ImportError:
         return None
     return fused_kernels

@@ -18,13 +18,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lgm_dist.analysis import ANALYSIS
-from lgm_dist.checkpoint import best
-from lgm_dist.cli import leak_note, tell
 from lgm_dist.config import Config
-from lgm_dist.job import FACTS, RESULT, read_result
-from lgm_dist.metrics import Tail, read_metrics
-from lgm_dist.panels import (
+from lgm_dist.console import leak_note, tell
+from lgm_dist.report.analysis import ANALYSIS
+from lgm_dist.runs.checkpoint import best
+from lgm_dist.runs.job import FACTS, RESULT, read_result
+from lgm_dist.runs.metrics import Tail, read_metrics
+from lgm_dist.runs.sweep_folder import SWEEP, TRIAL
+from lgm_dist.tracking.panels import (
     DONE,
     UPLOAD_SECONDS,
     data_artifact,
@@ -36,8 +37,7 @@ from lgm_dist.panels import (
     use,
     wait,
 )
-from lgm_dist.sweeps import SWEEP, TRIAL
-from lgm_dist.wandb_process import forget_service, held_steps, leave_service, service_ended, wandb_mode
+from lgm_dist.tracking.wandb_process import forget_service, held_steps, leave_service, service_ended, wandb_mode
 
 POLL_SECONDS = 1.0
 TRIES = 3

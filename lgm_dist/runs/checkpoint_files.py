@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import Config
-from lgm_dist.engine import Evaluation
 from lgm_dist.model import LGMNet
+from lgm_dist.training.engine import Evaluation
 
 FORMAT = 2
 """Version of the format that is written; a newer one is refused."""

@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 
-from lgm_dist import checkpoint, diagnosis
-from lgm_dist.cli import RunFailed
-from lgm_dist.collectives import data_parallel
+from lgm_dist.cluster.collectives import data_parallel
 from lgm_dist.config import SPLITS, Config
+from lgm_dist.console import RunFailed
 from lgm_dist.data import open_bank
-from lgm_dist.engine import Worker, evaluate, make_optimizer
-from lgm_dist.job import Job, persist, write_facts, write_result
-from lgm_dist.memory import peak_memory
-from lgm_dist.metrics import MetricsLog
 from lgm_dist.model import LGMNet
-from lgm_dist.steps import make_steps
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.job import Job, persist, write_facts, write_result
+from lgm_dist.runs.metrics import MetricsLog
+from lgm_dist.training import diagnosis
+from lgm_dist.training.engine import Worker, evaluate, make_optimizer
+from lgm_dist.training.memory import peak_memory
+from lgm_dist.training.steps import make_steps
 
 STOP = "stop"
 """A file of this name in a run's folder asks its workers to end after their step, with a checkpoint."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lgm_dist.engine import Worker
 from lgm_dist.model import AllReduce, LGMNet
+from lgm_dist.training.engine import Worker
 
 _PIECE = 512 * 1024
 """Bytes that a worker hands over at once: as many as stay in its cache until they are summed."""

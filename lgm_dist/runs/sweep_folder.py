@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lgm_dist.checkpoint import states_of, val_accuracies
-from lgm_dist.metrics import read_metrics
+from lgm_dist.runs.checkpoint import states_of, val_accuracies
+from lgm_dist.runs.metrics import read_metrics
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
 

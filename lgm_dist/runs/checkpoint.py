@@ -19,7 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lgm_dist.checkpoint_files import (
+from lgm_dist.config import Config, ModelConfig, differing
+from lgm_dist.model import LGMNet
+from lgm_dist.runs.checkpoint_files import (
     NAME,
     DamagedCheckpoint,
     Meta,
@@ -32,9 +34,7 @@ from lgm_dist.checkpoint_files import (
     sha256,
     step_of,
 )
-from lgm_dist.config import Config, ModelConfig, differing
-from lgm_dist.engine import Evaluation
-from lgm_dist.model import LGMNet
+from lgm_dist.training.engine import Evaluation
 
 __all__ = [
     "DamagedCheckpoint",

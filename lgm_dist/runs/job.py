@@ -18,15 +18,15 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from lgm_dist import checkpoint
-from lgm_dist.cli import tell
 from lgm_dist.config import SPLITS, Config, Split, differing
+from lgm_dist.console import tell
 from lgm_dist.data import check_episodes, open_bank
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.manifest import read_manifest
 from lgm_dist.data.prepare import ensure_manifest
-from lgm_dist.engine import Evaluation, Worker
-from lgm_dist.metrics import read_metrics
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.training.engine import Evaluation, Worker
 
 P = ParamSpec("P")
 T = TypeVar("T")

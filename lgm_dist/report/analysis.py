@@ -36,12 +36,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lgm_dist import checkpoint
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_noise, draw_rows
-from lgm_dist.engine import Score, Worker, answers, arithmetic, embed_images, own_draws
 from lgm_dist.model import LGMNet
+from lgm_dist.runs import checkpoint
+from lgm_dist.training.engine import Score, Worker, answers, arithmetic, embed_images, own_draws
 
 ANALYSIS = "analysis.json"
 TASKS, SUPPORTS = 10, 20

@@ -13,8 +13,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lgm_dist.memory import ONE_ARENA
-from lgm_dist.processes import adopt_orphans, below, handles, has_ended, have_handles, kill
+from lgm_dist.cluster.processes import adopt_orphans, below, handles, has_ended, have_handles, kill
+from lgm_dist.training.memory import ONE_ARENA
 
 RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every socket of a local Ray on 127.0.0.1

@@ -18,13 +18,13 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.patches import Patch
 
-from lgm_dist import checkpoint
-from lgm_dist.analysis import read_analysis
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_rows, sample_episodes, to_pixels
-from lgm_dist.job import read_config
-from lgm_dist.metrics import read_metrics
+from lgm_dist.report.analysis import read_analysis
+from lgm_dist.runs import checkpoint
+from lgm_dist.runs.job import read_config
+from lgm_dist.runs.metrics import read_metrics
 
 CURVES, EPISODE, CONFUSION, WEIGHTS = "curves.png", "episode.png", "confusion.png", "weights.png"
 QUERIES_SHOWN = 8

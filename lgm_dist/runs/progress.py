@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lgm_dist.cli import STANDARD_ERROR
 from lgm_dist.config import Config
-from lgm_dist.metrics import Tail
+from lgm_dist.console import STANDARD_ERROR
+from lgm_dist.runs.metrics import Tail
 
 _POLL_SECONDS = 0.5
 

@@ -1,0 +1,1 @@
+"""Training under Ray Train: everything that imports Ray Train."""

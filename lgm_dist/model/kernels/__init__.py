@@ -1,0 +1,1 @@
+"""Fast ways of parts of the network, each with its slow reference."""

@@ -1,0 +1,1 @@
+"""A run's folder: what is checked before it, its configuration, checkpoints, metrics and result."""

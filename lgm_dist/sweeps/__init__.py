@@ -1,0 +1,1 @@
+"""Sweeps and grids: everything that imports Ray Tune."""

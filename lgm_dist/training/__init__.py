@@ -1,0 +1,1 @@
+"""Training: the loop of one worker, its steps, its evaluations. Knows torch, not Ray."""
