@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("paths () must name at least one folder of a run or sweep, such as runs/NAME")
     out = Path(flags.out or flags.paths[0])
     sys.stdout.write(f"report     {write_report(flags.paths, out)}\n")
-    mode = wandb_mode(Config(wandb=flags.wandb))
+    mode = wandb_mode(Config.of(wandb=flags.wandb))
     if mode == "disabled":
         return
     runs, sweeps = gather(flags.paths)

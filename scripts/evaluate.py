@@ -54,8 +54,10 @@ def main(argv: list[str]) -> None:
 
     folder = flags.run if (flags.run / "state.pt").exists() else best(flags.run)
     model, trained, state = load_model(folder)
-    config = dataclasses.replace(trained, data=flags.data or trained.data, test_episodes=flags.episodes, workers=0)
-    bank = open_bank(ensure_manifest(config.data, config.data_root, config.source), flags.split, config.cache)
+    config = trained.replace(data=flags.data or trained.data.name, test_episodes=flags.episodes, workers=0)
+    bank = open_bank(
+        ensure_manifest(config.data.name, config.data.root, config.data.source), flags.split, config.data.cache
+    )
     cells = grid(config, flags)
     for cell in cells:
         check_episodes(cell, flags.split, bank.name, bank.counts.tolist(), bank.classes)
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> None:
         for name, score in e.scores.items()
     ]
     sys.stdout.write(f"{folder}, step {state.step}\n" + table(header, rows))
-    sys.stdout.write(leak_note("paper" if any(cell.protocol == "paper" for cell in cells) else "standard"))
+    sys.stdout.write(leak_note("paper" if any(cell.episodes.protocol == "paper" for cell in cells) else "standard"))
     out = Path(flags.out or (flags.run / f"evaluation-{flags.split}.json"))
     results = [
         {
@@ -89,16 +91,16 @@ def main(argv: list[str]) -> None:
     ]
     out.write_text(json.dumps({"checkpoint": str(folder), "data": bank.name, "results": results}, indent=1) + "\n")
     sys.stdout.write(f"written to {out}\n")
-    log_evaluation(dataclasses.replace(trained, wandb=flags.wandb or trained.wandb), folder, bank.name, results)
+    log_evaluation(trained.replace(wandb=flags.wandb or trained.run.wandb), folder, bank.name, results)
 
 
 def grid(config: Config, flags: Flags) -> list[Config]:
     """The configuration of each cell: protocols x ways x shots."""
     return [
-        dataclasses.replace(config, protocol=protocol, ways=ways, shot=shot)
-        for protocol in flags.protocol or (config.protocol,)
-        for ways in flags.ways or (config.evaluation.ways,)
-        for shot in flags.shot or (config.evaluation.shot,)
+        config.replace(protocol=protocol, eval_ways=ways, eval_shot=shot)
+        for protocol in flags.protocol or (config.episodes.protocol,)
+        for ways in flags.ways or (config.episode("test").ways,)
+        for shot in flags.shot or (config.episode("test").shot,)
     ]
 
 

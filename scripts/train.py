@@ -20,11 +20,11 @@ def main(argv: list[str]) -> None:
 
     run = fit(config)
     result = read_result(run)
-    split = "test" if config.test_episodes else "val"
+    split = "test" if config.episodes.test_episodes else "val"
     accuracy = f"{100 * result[f'{split}/accuracy']:.2f} ± {100 * result[f'{split}/ci95']:.2f} %"
     row = [
-        *(config.run_name, config.protocol, f"{result['ways']}-way {result['shot']}-shot", accuracy),
-        *(f"{config.test_episodes or config.eval_episodes:,}", f"{result['train/episodes']:,}"),
+        *(config.run_name, config.episodes.protocol, f"{result['ways']}-way {result['shot']}-shot", accuracy),
+        *(f"{config.episodes.test_episodes or config.episodes.eval_episodes:,}", f"{result['train/episodes']:,}"),
         *(f"{result['train/seconds'] / 60:.1f} min", f"{result['memory/peak_bytes'] / 2**30:.2f} GiB"),
     ]
     header = (
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         "time",
         "memory a worker",
     )
-    sys.stdout.write("\n" + table(header, [row]) + leak_note(config.protocol))
+    sys.stdout.write("\n" + table(header, [row]) + leak_note(config.episodes.protocol))
     for name in (
         "result.json",
         "metrics.jsonl",

@@ -33,10 +33,10 @@ def main(argv: list[str]) -> None:
     from lgm_dist.tracking.mirror import replay
     from lgm_dist.tracking.wandb_process import wandb_mode
 
-    if wandb_mode(Config(wandb=flags.wandb)) == "disabled":
+    if wandb_mode(Config.of(wandb=flags.wandb)) == "disabled":
         raise ValueError("WANDB_MODE (disabled) leaves nowhere to send to; give --wandb online or --wandb offline")
     runs = [run for path in flags.runs for run in _runs(path)]
-    configs = [dataclasses.replace(read_config(run), wandb=flags.wandb) for run in runs]
+    configs = [read_config(run).replace(wandb=flags.wandb) for run in runs]
     failed = 0
     for run, config in zip(runs, configs, strict=True):
         done = replay(run, config)

@@ -11,7 +11,7 @@ from fabricated import write_trial
 
 from lgm_dist.config import Config
 
-BASE = Config(epochs=1, steps_per_epoch=20, meta_batch=4, eval_every=10, eval_episodes=4, eval_ways=5, eval_shot=1)
+BASE = Config.of(epochs=1, steps_per_epoch=20, meta_batch=4, eval_every=10, eval_episodes=4, eval_ways=5, eval_shot=1)
 NORM: dict[str, Any] = {"kind": "choice", "values": ["batch", "group"], "when": {}}
 SCOPE = {"kind": "choice", "values": ["global", "episode"], "when": {"model.norm": ["batch"]}}
 LR: dict[str, Any] = {"kind": "loguniform", "low": 1e-4, "high": 1e-2, "when": {}}
@@ -44,7 +44,9 @@ def add(
     for i, accuracy in enumerate(val, 1):
         rows.append({"step": 10 * i - 5, "train/loss": 1.0, "seconds": 30.0 * i - 15})
         rows.append({"step": 10 * i, "val/accuracy": accuracy, "val/ci95": 0.01, "seconds": 30.0 * i})
-    run = write_trial(sweep, number, Config.from_dict(base | (config or {})), rows, sample, **more)
+    run = write_trial(
+        sweep, number, Config.from_dict(Config.from_dict(base).flat() | (config or {})), rows, sample, **more
+    )
     for i in range(1 if kept is None else len(val) + 1 - kept, len(val) + 1):
         folder = run / "checkpoints" / f"step-{10 * i:08d}"
         folder.mkdir(parents=True)

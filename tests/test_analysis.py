@@ -27,10 +27,10 @@ from lgm_dist.training.engine import evaluate, make_optimizer, train_step
 def trained(config: Config, run: Path, steps: int = 15) -> Path:
     """A run with two checkpoints, of which the first, of `steps` steps, is the best on val."""
     torch.manual_seed(0)
-    model, bank = LGMNet(replace(config.model, norm_decay=0.5)), open_bank(config.data, "train")
+    model, bank = LGMNet(replace(config.model, norm_decay=0.5)), open_bank(config.data.name, "train")
     optimizer = make_optimizer(model, config)
     for step in range(steps):
-        batch = sample_episodes(bank, config, "train", step * config.meta_batch, config.meta_batch)
+        batch = sample_episodes(bank, config, "train", step * config.episodes.meta_batch, config.episodes.meta_batch)
         train_step(model.train(), optimizer, batch, config, step)
     checkpoint.save(run, checkpoint.TrainState(steps, 0.9), model, optimizer, config)
     checkpoint.save(run, checkpoint.TrainState(steps + 1, 0.1), LGMNet(config.model), optimizer, config)
@@ -40,9 +40,9 @@ def trained(config: Config, run: Path, steps: int = 15) -> Path:
 @pytest.fixture(scope="module", params=["standard", "paper"])
 def run(request: pytest.FixtureRequest, small: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     protocol: Protocol = request.param
-    config = replace(small, protocol=protocol, eval_ways=4, eval_shot=1, eval_episodes=25)
+    config = small.replace(protocol=protocol, eval_ways=4, eval_shot=1, eval_episodes=25)
     run = trained(config, tmp_path_factory.mktemp(protocol))
-    analyse(run, open_bank(config.data, "val"))
+    analyse(run, open_bank(config.data.name, "val"))
     return run
 
 
@@ -53,13 +53,13 @@ def found(run: Path) -> dict[str, Any]:
 
 def parts(run: Path) -> tuple[LGMNet, Config, ImageBank]:
     model, config, _ = checkpoint.load_model(checkpoint.best(run))
-    return model, config.evaluation, open_bank(config.data, "val")
+    return model, config, open_bank(config.data.name, "val")
 
 
 def test_what_it_was_asked(run: Path, found: dict[str, Any]) -> None:
     _, config, bank = parts(run)
     expected = {"split": "val", "step": 15, "episodes": 25, "ways": 4, "shot": 1, "chance": 0.25}
-    assert found.items() >= (expected | {"protocol": config.protocol}).items()
+    assert found.items() >= (expected | {"protocol": config.episodes.protocol}).items()
     assert found["classes"] == list(bank.classes) == [f"val{c}" for c in range(6)]
     assert found["groups"] == [""] * 6
 
@@ -72,7 +72,7 @@ def test_confusion_against_a_loop_over_episodes(run: Path, found: dict[str, Any]
     for i in range(25):
         batch = sample_episodes(bank, config, "val", i, 1)
         with torch.no_grad():
-            log_p = model(batch.support, batch.query, 4, batch.noise if config.protocol == "paper" else None)[
+            log_p = model(batch.support, batch.query, 4, batch.noise if config.episodes.protocol == "paper" else None)[
                 0
             ]  # (T, N)
         classes, here = batch.rows.classes[0].tolist(), {}
@@ -86,7 +86,7 @@ def test_confusion_against_a_loop_over_episodes(run: Path, found: dict[str, Any]
             hits[c].append(right)
     assert found["confusion"] == confusion.tolist()
     assert found["met"] == met.tolist()
-    assert confusion.sum() == 25 * (12 if config.protocol == "standard" else 1)
+    assert confusion.sum() == 25 * (12 if config.episodes.protocol == "standard" else 1)
     for c, (entry, episodes) in enumerate(zip(found["per_class"], hits.values(), strict=True)):
         shares = [sum(right) / len(right) for right in episodes]
         assert (entry["class"], entry["group"]) == (f"val{c}", "")
@@ -104,7 +104,7 @@ def test_accuracy_is_the_evaluations(run: Path, found: dict[str, Any]) -> None:
 
 def test_a_class_by_hand(small: Config) -> None:
     """1 of 1, 0 of 3 and 2 of 4 right: 50 %, where 3 of 8 queries would be 37.5 %; the standard deviation is 0.5."""
-    bank = replace(open_bank(small.data, "val"), groups=tuple("abcdef"))
+    bank = replace(open_bank(small.data.name, "val"), groups=tuple("abcdef"))
     entry = analysis._class(bank, 2, np.array([1, 0, 3, 4]), np.array([1, 0, 0, 2]))
     assert entry == {
         "class": "val2",
@@ -127,7 +127,7 @@ def test_tasks_are_different_sets_of_classes_and_supports_share_no_image(
     small: Config, ways: int, shot: int, supports: int
 ) -> None:
     """Of 24 images a class; `supports` by hand: (24 - 1) // shot, at most 20."""
-    config, bank = replace(small, ways=ways, shot=shot), open_bank(small.data, "val")
+    config, bank = small.replace(ways=ways, shot=shot), open_bank(small.data.name, "val")
     classes, rows = analysis._tasks(bank, config)
     assert classes.shape == (10, ways)
     assert rows.shape == (10, supports, ways * shot)
@@ -194,8 +194,8 @@ def test_clusters_stay_clusters_in_two_dimensions() -> None:
 @pytest.mark.parametrize(("ways", "shot"), [(6, 1), (6, 20)])
 def test_one_set_of_classes_has_no_silhouette(small: Config, tmp_path: Path, ways: int, shot: int) -> None:
     """All 6 classes in every episode; with 20 shots of 24 images there is but one support set, two points in all."""
-    config = replace(small, eval_ways=ways, eval_shot=shot)
-    weights = analyse(trained(config, tmp_path, 1), open_bank(config.data, "val"))["weights"]
+    config = small.replace(eval_ways=ways, eval_shot=shot)
+    weights = analyse(trained(config, tmp_path, 1), open_bank(config.data.name, "val"))["weights"]
     assert len(weights["tasks"]) == 1
     assert len(weights["xy"]) == 2 * weights["supports"] == 2 * (20 if shot == 1 else 1)
     assert [weights[key] for key in ("silhouette", "silhouette_drawn", "shuffled_mean", "shuffled_highest")] == [
@@ -208,7 +208,7 @@ def test_a_network_that_has_diverged_has_no_weights(small: Config, tmp_path: Pat
     model, config, state = checkpoint.load_model(checkpoint.best(run))
     model.generators[1].w1.data[0, 0] = float("nan")
     checkpoint.save(run, state, model, make_optimizer(model, config), config)
-    found = analyse(run, open_bank(config.data, "val"))
+    found = analyse(run, open_bank(config.data.name, "val"))
     assert found["weights"] is None
     assert sum(map(sum, found["confusion"])) == 6 * 9
 
@@ -236,7 +236,7 @@ def test_a_failed_analysis_leaves_the_one_before_it(run: Path, monkeypatch: pyte
 
 
 def test_test_is_analysed_where_its_bank_is_given(small: Config, tmp_path: Path) -> None:
-    found = analyse(trained(small, tmp_path, 1), open_bank(small.data, "test"))
+    found = analyse(trained(small, tmp_path, 1), open_bank(small.data.name, "test"))
     assert (found["split"], found["classes"][0]) == ("test", "test0")
 
 
@@ -246,4 +246,4 @@ def test_what_is_missing(small: Config, tmp_path: Path) -> None:
     ):
         read_analysis(tmp_path)
     with pytest.raises(ValueError, match="has no checkpoint"):
-        analyse(tmp_path, open_bank(small.data, "val"))
+        analyse(tmp_path, open_bank(small.data.name, "val"))

@@ -41,9 +41,10 @@ def build(config: Config, seed: int = 0) -> Run:
 
 def train(config: Config, run: Run, start: int, stop: int) -> list[Tensor]:
     """What train_step returns for each of the steps start .. stop - 1."""
-    bank = open_bank(config.data, "train")
+    bank = open_bank(config.data.name, "train")
     batches = (
-        sample_episodes(bank, config, "train", s * config.meta_batch, config.meta_batch) for s in range(start, stop)
+        sample_episodes(bank, config, "train", s * config.episodes.meta_batch, config.episodes.meta_batch)
+        for s in range(start, stop)
     )
     model, optimizer = run
     return [train_step(model.train(), optimizer, b, config, step) for step, b in enumerate(batches, start)]
@@ -81,7 +82,7 @@ def marked(made: Run) -> float:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_a_resumed_run_ends_with_the_same_bits(small: Config, tmp_path: Path, weight_decay: float) -> None:
-    config = replace(small, weight_decay=weight_decay, lr_decay_steps=2)
+    config = small.replace(weight_decay=weight_decay, lr_decay_steps=2)
     straight = build(config)
     losses = train(config, straight, 0, 7)
 
@@ -129,7 +130,7 @@ def test_load_model(small: Config, tmp_path: Path) -> None:
     assert (config, state) == (small, TrainState(2, 0.4, 0.01))
     assert not any(module.training for module in model.modules())
     assert bits(model.state_dict()) == bits(made[0].state_dict())
-    batch = sample_episodes(open_bank(small.data, "val"), small, "val", 0, 2)
+    batch = sample_episodes(open_bank(small.data.name, "val"), small, "val", 0, 2)
     with torch.no_grad():
         assert torch.equal(model(batch.support, batch.query, 3), made[0].eval()(batch.support, batch.query, 3))
 
@@ -458,7 +459,7 @@ def test_a_checkpoint_of_another_network_is_refused(
     small: Config, tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
     save(tmp_path, small, build(small), (4, 0.4))
-    other = replace(small, model=replace(small.model, **changes))
+    other = small.replace(model=replace(small.model, **changes))
     made = build(other)
     before = bits([made[0].state_dict(), made[1].state_dict()])
     for refuse in (lambda: checkpoint.restore(tmp_path, *made), lambda: checkpoint.check(tmp_path, other, "")):

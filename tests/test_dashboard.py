@@ -24,10 +24,10 @@ from lgm_dist.console import status_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1:DeprecationWarning")  # wandb_workspaces' own
 SCRIPT = Path(__file__).parents[1] / "scripts" / "dashboard.py"
-BASE = Config(data="fc100", meta_batch=10, epochs=1, steps_per_epoch=20, wandb="disabled")
+BASE = Config.of(data="fc100", meta_batch=10, epochs=1, steps_per_epoch=20, wandb="disabled")
 SECTIONS = ("Results", "Training curves", "Ways and shots", "Normalisation", "Throughput and scaling", "Pictures")
 ROWS = [row(10), row(20, (0.3, 0.01))]
-LOGGED = {*ROWS[-1], *BASE.to_dict(), "world_size"} | {f"model.{name}" for name in BASE.to_dict()["model"]}
+LOGGED = {*ROWS[-1], *BASE.flat(), "world_size"}
 """The names that a run has on W&B: keys of its metrics.jsonl and of its configuration."""
 SUMMARY = {"test/accuracy", "val/accuracy.max"}
 
@@ -59,7 +59,7 @@ def dashboard(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def sweep(tmp_path: Path) -> Path:
     folder = write_sweep(tmp_path / "norms", {"name": "norms"})
     for number, norm in enumerate(("batch", "group")):
-        config = replace(BASE, model=replace(BASE.model, norm=norm))  # type: ignore[arg-type]
+        config = BASE.replace(model=replace(BASE.model, norm=norm))  # type: ignore[arg-type]
         write_trial(
             folder,
             number,
@@ -144,7 +144,7 @@ def test_a_sweeps_dashboard_shows_its_trials_alone(sweep: Path, tmp_path: Path, 
 
 def test_the_tables_stand_in_both_as_markdown(tmp_path: Path, dashboard: Dashboard) -> None:
     for ways, accuracy in ((5, 0.3338), (20, 0.1096)):
-        config = replace(BASE, name=f"<b>|{ways}", ways=ways)
+        config = BASE.replace(name=f"<b>|{ways}", ways=ways)
         result = {"test/accuracy": accuracy, "test/ci95": 0.0041, "test/episodes": 2000}
         write_run(tmp_path / "runs" / str(ways), config, ROWS, result=result)
     assert dashboard(tmp_path / "runs", "--out", tmp_path, WANDB_MODE="offline")[0] == 0

@@ -82,14 +82,14 @@ def test_a_rayjob_trains_elastically_as_far_as_its_cluster_grows(name: str) -> N
     script("submit").check_paths(shlex.split(job["spec"]["entrypoint"]))
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
-    assert (config.workers, config.max_workers) == (group["minReplicas"], group["maxReplicas"]) == (1, 4)
+    assert (config.run.workers, config.run.max_workers) == (group["minReplicas"], group["maxReplicas"]) == (1, 4)
     (container,) = group["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
     assert limits == container["resources"]["requests"]
-    assert str(config.cpus_per_worker) == limits["cpu"], "a worker fills its pod"
-    assert (config.device == "cuda") == (limits.get("nvidia.com/gpu") == "1")
-    assert config.device != "auto", "the driver, on the head, cannot see what the workers have"
-    assert config.name == job["metadata"]["name"], "a run made from its settings' names would be shared with others"
+    assert str(config.run.cpus_per_worker) == limits["cpu"], "a worker fills its pod"
+    assert (config.run.device == "cuda") == (limits.get("nvidia.com/gpu") == "1")
+    assert config.run.device != "auto", "the driver, on the head, cannot see what the workers have"
+    assert config.run.name == job["metadata"]["name"], "a run made from its settings' names would be shared with others"
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -103,8 +103,8 @@ def test_runs_and_data_are_on_the_shared_volume_in_every_pod(name: str) -> None:
         (container,) = pod["containers"]
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
         assert mounts["/shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-        assert Path(config.storage).is_relative_to("/shared")
-        assert Path(config.data_root).is_relative_to("/shared")
+        assert Path(config.run.storage).is_relative_to("/shared")
+        assert Path(config.data.root).is_relative_to("/shared")
         environment = {entry["name"]: entry.get("value") for entry in container["env"]}
         assert "emptyDir" in mounts[environment["LGM_DIST_CACHE"]], "each pod decodes once, on its own disk"
 
@@ -178,4 +178,4 @@ class TestCluster:
         entrypoint = shlex.split(" ".join(match.groups()))
         script("submit").check_paths(entrypoint)
         config = parse(Flags, entrypoint[2:])[0]
-        assert (config.cpus_per_worker, config.device, config.max_workers) == (4, "cuda", 4)
+        assert (config.run.cpus_per_worker, config.run.device, config.run.max_workers) == (4, "cuda", 4)

@@ -20,8 +20,8 @@ from lgm_dist.training.steps import AHEAD, DeviceSteps, HostSteps, make_steps
 Precision = Literal["float32", "tf32", "bf16"]
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SMALL = Config(ways=3, shot=1, query=2, meta_batch=4, model=ModelConfig(filters=8))
-CONFIG = Config(ways=4, shot=2, query=3, eval_query=5, seed=2**63 + 5, eval_seed=7)
+SMALL = Config.of(ways=3, shot=1, query=2, meta_batch=4, model=ModelConfig(filters=8))
+CONFIG = Config.of(ways=4, shot=2, query=3, eval_query=5, seed=2**63 + 5, eval_seed=7)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_published_vectors(counter: list[int], key: list[int], words: str) -> No
 @pytest.mark.parametrize(("protocol", "augment"), [("standard", True), ("standard", False), ("paper", True)])
 @pytest.mark.parametrize("start", [0, 2**40 + 3])
 def test_the_stream_is_that_of_numpy(device: str, split: Split, protocol: Protocol, augment: bool, start: int) -> None:
-    bank, config = make_bank([9, 14, 30, 8, 11], split), replace(CONFIG, protocol=protocol, augment=augment)
+    bank, config = make_bank([9, 14, 30, 8, 11], split), CONFIG.replace(protocol=protocol, augment=augment)
     ours, known = DeviceSampler(bank, config, device)(start, 6), sample_episodes(bank, config, split, start, 6)
     assert torch.equal(ours.images.cpu(), known.images)
     assert torch.equal(ours.support.cpu(), known.support)
@@ -71,7 +71,7 @@ def test_choose_is_popping_from_a_list() -> None:
 
 def test_what_it_cannot_make_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="6 ways need 6 classes"):
-        DeviceSampler(make_bank([9, 14, 30, 8, 11]), replace(CONFIG, ways=6), "cpu")
+        DeviceSampler(make_bank([9, 14, 30, 8, 11]), CONFIG.replace(ways=6), "cpu")
 
 
 def trained(device: str, config: Config) -> tuple[LGMNet, torch.optim.Optimizer]:
@@ -94,7 +94,7 @@ def device_steps(
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
 def test_steps_made_on_the_device_are_the_steps(device: str, graph: bool, protocol: Protocol) -> None:
     """Losses, accuracies and gradient norms of the steps whose episodes numpy makes, and the averages after them."""
-    config, worker = replace(SMALL, protocol=protocol), Worker(device=device)
+    config, worker = SMALL.replace(protocol=protocol), Worker(device=device)
     (first, ours), (second, known) = (trained(device, config) for _ in range(2))
     steps = device_steps(first, ours, config, worker, graph=graph)
     plain = HostSteps(second, known, make_bank([9, 14, 30, 8, 11]), config, worker)
@@ -127,7 +127,7 @@ def test_a_worker_takes_its_own_slice_and_weight() -> None:
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 def test_the_same_steps_have_the_same_bits_wherever_they_begin(precision: Precision, protocol: Protocol) -> None:
     """10 steps, and 4 of them in one process and 6 in the next, which begins with what the first has left."""
-    config = replace(SMALL, precision=precision, protocol=protocol)
+    config = SMALL.replace(precision=precision, protocol=protocol)
     (whole, optimizer), (part, before) = (trained("cuda", config) for _ in range(2))
     steps = device_steps(whole, optimizer, config, Worker(device="cuda"), graph=True)
     first = device_steps(part, before, config, Worker(device="cuda"), graph=True)
@@ -147,7 +147,7 @@ def test_float32_is_float32() -> None:
     """The loss and gradient of float64 to 1e-5; TF32, which keeps ten bits, is farther from them."""
     norms = {}
     for precision in ("float64", "float32", "tf32"):
-        config = Config(meta_batch=4, precision="float32" if precision == "float64" else precision)  # type: ignore[arg-type]
+        config = Config.of(meta_batch=4, precision="float32" if precision == "float64" else precision)  # type: ignore[arg-type]
         model, _ = trained("cuda", config)
         batch = sample_episodes(make_bank([9, 14, 30, 8, 11]), config, "train", 0, 4).to("cuda")
         if precision == "float64":
@@ -163,7 +163,7 @@ def test_float32_is_float32() -> None:
 @pytest.mark.parametrize("norm", ["batch", "group", "instance", "layer", "per episode"])
 def test_every_normalisation_trains_as_one_graph(norm: str, precision: Precision) -> None:
     kind = {"norm_scope": "episode"} if norm == "per episode" else {"norm": norm}
-    config = replace(SMALL, precision=precision, model=ModelConfig(filters=8, **kind))  # type: ignore[arg-type]
+    config = SMALL.replace(precision=precision, model=ModelConfig(filters=8, **kind))  # type: ignore[arg-type]
     steps = device_steps(*trained("cuda", config), config, Worker(device="cuda"), graph=True)
     losses = torch.stack([steps(step) for step in range(3)])
     assert torch.isfinite(losses).all()

@@ -38,7 +38,7 @@ Optimizer = torch.optim.Optimizer
 
 
 def bank_of(config: Config, split: Any) -> ImageBank:
-    return open_bank(config.data, split)
+    return open_bank(config.data.name, split)
 
 
 def build(config: Config, seed: int = 0) -> tuple[LGMNet, Optimizer]:
@@ -48,7 +48,9 @@ def build(config: Config, seed: int = 0) -> tuple[LGMNet, Optimizer]:
 
 
 def batch_of(config: Config, step: int) -> EpisodeBatch:
-    return sample_episodes(bank_of(config, "train"), config, "train", step * config.meta_batch, config.meta_batch)
+    return sample_episodes(
+        bank_of(config, "train"), config, "train", step * config.episodes.meta_batch, config.episodes.meta_batch
+    )
 
 
 # Learning rate and Adam
@@ -80,7 +82,7 @@ def test_learning_rate_follows_a_division_every_1500_steps() -> None:
         if step and step % 1500 == 0:
             rate = max(rate / 1.11111, 1e-6)
         assert learning_rate(config, step) == pytest.approx(rate, rel=1e-9), step
-    constant = replace(config, lr_decay=1.0)
+    constant = config.replace(lr_decay=1.0)
     assert {learning_rate(constant, step) for step in (0, 1500, 10**6)} == {1e-3}
 
 
@@ -94,10 +96,10 @@ def test_rates_are_set_for_each_step() -> None:
 
 
 def test_weight_decay_is_the_configurations_also_after_another_trials_checkpoint() -> None:
-    theirs = make_optimizer(nn.Linear(2, 2), Config(weight_decay=0.5)).state_dict()
-    optimizer = make_optimizer(nn.Linear(2, 2), Config(weight_decay=0.1))
+    theirs = make_optimizer(nn.Linear(2, 2), Config.of(weight_decay=0.5)).state_dict()
+    optimizer = make_optimizer(nn.Linear(2, 2), Config.of(weight_decay=0.1))
     optimizer.load_state_dict(theirs)
-    set_rates(optimizer, Config(weight_decay=0.1), 0)
+    set_rates(optimizer, Config.of(weight_decay=0.1), 0)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
 
 
@@ -116,7 +118,7 @@ def tf_adam(value: Array, gradients: list[Array], rates: list[float], weight_dec
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adam_is_tensorflows(weight_decay: float) -> None:
     """Gradients of 1e-9 to 1: at the small end all depends on where epsilon is added."""
-    config = Config(lr=1e-2, lr_decay=0.5, lr_decay_steps=3, weight_decay=weight_decay)
+    config = Config.of(lr=1e-2, lr_decay=0.5, lr_decay_steps=3, weight_decay=weight_decay)
     random = np.random.default_rng(0)
     start = random.standard_normal(40)
     gradients = [random.standard_normal(40) * np.logspace(-9, 0, 40) for _ in range(8)]
@@ -146,7 +148,7 @@ def test_training_steps_against_a_plain_network_and_tensorflows_adam(
     small: Config, protocol: Protocol, noise: Any
 ) -> None:
     """Loss, accuracy, norm of the gradient and new weights of three steps in float64."""
-    config = replace(small, protocol=protocol, noise=noise, lr_decay_steps=2, lr_decay=0.5)
+    config = small.replace(protocol=protocol, noise=noise, lr_decay_steps=2, lr_decay=0.5)
     model, optimizer = build(config)
     model.double().train()
     plain = copy.deepcopy(model)
@@ -252,7 +254,7 @@ def test_slices_of_unequal_size_give_the_whole_meta_batchs_loss_accuracy_and_gra
     small: Config, world_size: int
 ) -> None:
     """5 episodes over 2 workers and over 3, against one worker with all 5."""
-    config = replace(small, meta_batch=5)
+    config = small.replace(meta_batch=5)
 
     def step(worker: Worker) -> tuple[list[float], list[float], list[Tensor]]:
         """Loss and accuracy, norms of the gradient, and the gradient that data-parallel training makes of them."""
@@ -316,7 +318,7 @@ def slow(model: LGMNet, bank: ImageBank, config: Config, episodes: int, draws: i
         batch = in_float64(sample_episodes(bank, config, "val", i, 1))
         noises = draw_noise(config, "val", i, 1, draws).double() if draws else [None]
         with torch.no_grad():
-            p = [model(batch.support, batch.query, config.ways, noise)[0].exp().numpy() for noise in noises]
+            p = [model(batch.support, batch.query, config.episodes.ways, noise)[0].exp().numpy() for noise in noises]
         probabilities.append(np.stack(p))  # (M, T, N)
         labels = batch.labels[0].tolist()
         guesses = [[row.index(max(row)) for row in draw.tolist()] for draw in p]
@@ -351,7 +353,7 @@ def test_evaluation_against_a_loop_over_episodes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lgm_dist.training.engine.IMAGES_AT_ONCE", images_at_once)
-    config, bank = replace(small, protocol=protocol), bank_of(small, "val")
+    config, bank = small.replace(protocol=protocol), bank_of(small, "val")
     trained.answers.clear()
     found = evaluate(trained, bank, config, "val", 12, draws)
     p, expected = slow(trained, bank, config, 12, draws)
@@ -373,7 +375,7 @@ def test_evaluation_draws_noise_as_the_protocol_says(small: Config, trained: InF
     bank = bank_of(small, "val")
     protocols: list[tuple[Protocol, int, str]] = [("standard", 0, "mean noise"), ("paper", 1, "single draw")]
     for protocol, draws, method in protocols:
-        config = replace(small, protocol=protocol)
+        config = small.replace(protocol=protocol)
         found, asked = evaluate(trained, bank, config, "val", 6), evaluate(trained, bank, config, "val", 6, draws)
         assert (found.draws, list(found.scores)) == (draws, [method])
         np.testing.assert_array_equal(found.accuracies[method], asked.accuracies[method])
@@ -383,8 +385,8 @@ def test_evaluation_ignores_what_training_varies(small: Config, trained: InFloat
     """Training seed, queries and augmentation leave the val episodes as they are; the evaluation's seed does not."""
     bank = bank_of(small, "val")
     found = evaluate(trained, bank, small, "val", 10).accuracies["mean noise"]
-    same = evaluate(trained, bank, replace(small, seed=9, query=1, augment=False), "val", 10).accuracies["mean noise"]
-    other = evaluate(trained, bank, replace(small, eval_seed=1), "val", 10).accuracies["mean noise"]
+    same = evaluate(trained, bank, small.replace(seed=9, query=1, augment=False), "val", 10).accuracies["mean noise"]
+    other = evaluate(trained, bank, small.replace(eval_seed=1), "val", 10).accuracies["mean noise"]
     np.testing.assert_array_equal(found, same)
     assert (found != other).any()
     more = evaluate(trained, bank, small, "val", 15).accuracies["mean noise"]
@@ -397,7 +399,7 @@ def test_evaluation_leaves_the_model_as_it_was(
     small: Config, trained: InFloat64, training: bool, protocol: Protocol
 ) -> None:
     model = copy.deepcopy(trained).train(training)
-    evaluate(model, bank_of(small, "val"), replace(small, protocol=protocol), "val", 4, 2)
+    evaluate(model, bank_of(small, "val"), small.replace(protocol=protocol), "val", 4, 2)
     assert all(module.training == training for module in model.modules())
     for (name, a), b in zip(model.state_dict().items(), trained.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -410,7 +412,7 @@ def test_workers_evaluate_together_as_one_alone(
     small: Config, trained: InFloat64, protocol: Protocol, episodes: int
 ) -> None:
     """7 episodes over 3 workers, and 2 over 3, where one has nothing to do."""
-    config, bank = replace(small, protocol=protocol), bank_of(small, "val")
+    config, bank = small.replace(protocol=protocol), bank_of(small, "val")
     alone = evaluate(trained, bank, config, "val", episodes, 3)
 
     def work(worker: Worker) -> Evaluation:
@@ -446,7 +448,7 @@ def test_vote_and_mean_probability_by_hand(small: Config) -> None:
     # Votes: 2:2 between 0 and 2 -> 0, right; 1 has two of four -> 1, right; 2:2 between 0 and 2 -> 0, wrong.
     # Mean probabilities x 4: (1.1, 0.9, 2.0) -> 2, wrong; (1.1, 1.3, 1.6) -> 2, wrong; (1.22, 0.818, 1.962) -> 2, right
     # (the mean of the logarithms would give 0).
-    config = replace(small, shot=1, eval_query=1)
+    config = small.replace(shot=1, eval_query=1)
     model: Any = Scripted(draws)
     found = evaluate(model, bank_of(small, "val"), config, "val", 2, 4)
     assert found.accuracies["single draw"].tolist() == [2 / 3] * 2
@@ -458,7 +460,7 @@ def test_evaluation_of_another_split_is_refused(small: Config, trained: InFloat6
     with pytest.raises(ValueError, match=r"^split \(val\) was asked of the bank of split test of 'tiny'; open val's$"):
         evaluate(trained, open_bank(tiny, "test"), small, "val", 2)
     with pytest.raises(ValueError, match=r"^7 ways need 7 classes, split val of 'tiny' has 6"):
-        evaluate(trained, bank_of(small, "val"), replace(small, ways=7), "val", 2)
+        evaluate(trained, bank_of(small, "val"), small.replace(ways=7), "val", 2)
 
 
 @pytest.mark.parametrize(
@@ -471,7 +473,7 @@ def test_bf16_steps_stay_near_float32_and_their_weights_are_float32(model: Model
     """bfloat16 rounds to 8 bits, 0.4 %; after three steps of Adam a loss of about 1 may differ by a few of those."""
     losses = {}
     for precision in ("float32", "bf16"):
-        config = Config(precision=precision, meta_batch=4, model=model)
+        config = Config.of(precision=precision, meta_batch=4, model=model)
         torch.manual_seed(0)
         network = LGMNet(model).train()
         network.reduce_over((lambda _: None) if workers else None)  # a worker whose sums are everybody's

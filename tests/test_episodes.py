@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from lgm_dist.data.augment import ANGLES
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import EpisodeBatch, check_episodes, draw_noise, draw_rows, load_images, sample_episodes
 
-STANDARD = Config(ways=5, shot=2, query=3, eval_query=4, seed=11)
-PAPER = replace(STANDARD, protocol="paper")
+STANDARD = Config.of(ways=5, shot=2, query=3, eval_query=4, seed=11)
+PAPER = STANDARD.replace(protocol="paper")
 
 
 def make_bank(sizes: list[int], split: Split = "train", side: int = 16) -> ImageBank:
@@ -75,8 +74,8 @@ def noise_reference(config: Config, seed: int, split: int, episode: int) -> list
 @pytest.mark.parametrize("episode", [0, 5, 2**32 + 5])
 @pytest.mark.parametrize("seed", [11, 2**40 + 11])
 def test_a_whole_standard_episode(episode: int, seed: int) -> None:
-    config = replace(STANDARD, seed=seed)
-    n, k, q = config.ways, config.shot, config.query
+    config = STANDARD.replace(seed=seed)
+    n, k, q = config.episodes.ways, config.episodes.shot, config.episodes.query
     classes = pick(list(range(len(UNEQUAL))), words(seed, 0, 0, episode, n))
     drawn = words(seed, 0, 1, episode, n * (k + q))
     chosen = [pick(members(BANK, c), drawn[i::n]) for i, c in enumerate(classes)]
@@ -100,8 +99,13 @@ def test_a_whole_standard_episode(episode: int, seed: int) -> None:
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_a_whole_paper_episode(split: Split) -> None:
-    bank, n, k, code = make_bank(UNEQUAL, split), PAPER.ways, PAPER.shot, ("train", "val", "test").index(split)
-    seed = PAPER.seed if split == "train" else PAPER.eval_seed
+    bank, n, k, code = (
+        make_bank(UNEQUAL, split),
+        PAPER.episodes.ways,
+        PAPER.episodes.shot,
+        ("train", "val", "test").index(split),
+    )
+    seed = PAPER.run.seed if split == "train" else PAPER.episodes.eval_seed
     for episode, batch in ((e, sample_episodes(bank, PAPER, split, e, 1)) for e in (0, 1, 2**32 + 2)):
         classes = pick(list(range(len(UNEQUAL))), words(seed, code, 0, episode, n))
         places = pick(list(range(min(UNEQUAL[c] for c in classes))), words(seed, code, 1, episode, k + 1))
@@ -151,27 +155,27 @@ def test_seeds_splits_and_high_episodes_differ() -> None:
         return [*drawn.support.tolist(), *drawn.query[:, :3].tolist()]
 
     base, val = rows(STANDARD), rows(STANDARD, "val")
-    assert rows(replace(STANDARD, seed=11 + 2**32)) != base
+    assert rows(STANDARD.replace(seed=11 + 2**32)) != base
     assert rows(STANDARD, start=2**32) != base
-    assert len({str(r) for r in (base, val, rows(STANDARD, "test"), rows(replace(STANDARD, seed=0)))}) == 4
-    assert rows(replace(STANDARD, eval_seed=1)) == base
-    assert rows(replace(STANDARD, eval_seed=1), "val") != val
-    assert rows(replace(STANDARD, seed=1), "val") == val, "all runs are measured on the same episodes"
+    assert len({str(r) for r in (base, val, rows(STANDARD, "test"), rows(STANDARD.replace(seed=0)))}) == 4
+    assert rows(STANDARD.replace(eval_seed=1)) == base
+    assert rows(STANDARD.replace(eval_seed=1), "val") != val
+    assert rows(STANDARD.replace(seed=1), "val") == val, "all runs are measured on the same episodes"
 
 
 def test_one_setting_does_not_move_what_others_draw() -> None:
     base = draw_rows(BANK, STANDARD, "train", 0, 50)
-    more = draw_rows(BANK, replace(STANDARD, query=5), "train", 0, 50)
-    plain = draw_rows(BANK, replace(STANDARD, augment=False), "train", 0, 50)
+    more = draw_rows(BANK, STANDARD.replace(query=5), "train", 0, 50)
+    plain = draw_rows(BANK, STANDARD.replace(augment=False), "train", 0, 50)
     paper = draw_rows(BANK, PAPER, "train", 0, 50)
     for other in (more, plain, paper):
         np.testing.assert_array_equal(other.classes, base.classes)
     np.testing.assert_array_equal(more.support, base.support)
-    np.testing.assert_array_equal(more.query.reshape(50, 5, 5)[..., :3], base.query.reshape(50, 5, 3))
-    np.testing.assert_array_equal(plain.query, base.query)
+    np.testing.assert_array_equal(more.query.reshape(50, 5, 5)[..., :3], base.episodes.query.reshape(50, 5, 3))
+    np.testing.assert_array_equal(plain.query, base.episodes.query)
     assert plain.flips is None
     assert plain.shifts is None
-    noise = [sample_episodes(BANK, c, "train", 0, 3).noise for c in (STANDARD, replace(STANDARD, query=5), PAPER)]
+    noise = [sample_episodes(BANK, c, "train", 0, 3).noise for c in (STANDARD, STANDARD.replace(query=5), PAPER)]
     assert torch.equal(noise[0], noise[1])
     assert torch.equal(noise[0], noise[2])
 
@@ -204,7 +208,7 @@ def test_paper_episodes_use_the_same_places_in_every_class() -> None:
 
 
 def test_shapes_layout_and_device() -> None:
-    batch = sample_episodes(BANK, replace(STANDARD, model=ModelConfig(noise_size=7)), "train", 3, 4)
+    batch = sample_episodes(BANK, STANDARD.replace(model=ModelConfig(noise_size=7)), "train", 3, 4)
     assert batch.support.shape == (4, 10, 3, 16, 16)
     assert batch.query.shape == (4, 15, 3, 16, 16)
     assert batch.noise.shape == (4, 2, 7)
@@ -221,7 +225,7 @@ def test_shapes_layout_and_device() -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_val_and_test_images_are_untouched(split: Split) -> None:
     bank = make_bank(UNEQUAL, split)
-    config = replace(STANDARD, eval_query=4)
+    config = STANDARD.replace(eval_query=4)
     batch = sample_episodes(bank, config, split, 0, 6)
     assert batch.query.shape[1] == 20
     for tensor, rows in ((batch.support, batch.rows.support), (batch.query, batch.rows.query)):
@@ -282,7 +286,7 @@ def test_paper_draws_are_uniform() -> None:
 @pytest.mark.parametrize(("ways", "known"), [(5, 0.672), (20, 0.247)])
 def test_angles_alone_leak_the_label_under_paper(ways: int, known: float) -> None:
     """Guess among the classes turned as the query is: (1 - (4/5)^n) / (n/5) are right."""
-    rows = draw_rows(make_bank([4] * 20, "test", side=8), replace(PAPER, ways=ways), "test", 0, 20_000)
+    rows = draw_rows(make_bank([4] * 20, "test", side=8), PAPER.replace(ways=ways), "test", 0, 20_000)
     assert rows.angles is not None
     seen = np.take_along_axis(rows.angles, rows.labels, axis=1)  # what the query shows
     right = 1 / (rows.angles == seen).sum(axis=1)  # expectation over ties
@@ -330,22 +334,22 @@ IMAGES = "{} images a class, but class '{}' of split {} of 'glyphs' has {}; lowe
     ],
 )
 def test_too_little_data_is_one_sentence(settings: Any, split: Split, counts: list[int], message: str) -> None:
-    config = replace(Config(ways=3, shot=5, query=8, eval_query=9), **settings)
+    config = Config.of(ways=3, shot=5, query=8, eval_query=9).replace(**settings)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check_episodes(config, split, "glyphs", counts, "abcdefghijkl"[: len(counts)])
 
 
 def test_exactly_enough_is_enough() -> None:
-    check_episodes(Config(ways=5, shot=5, query=15), "train", "toy", [20] * 5)
-    check_episodes(Config(ways=5, shot=5, protocol="paper"), "val", "toy", [6] * 5)
+    check_episodes(Config.of(ways=5, shot=5, query=15), "train", "toy", [20] * 5)
+    check_episodes(Config.of(ways=5, shot=5, protocol="paper"), "val", "toy", [6] * 5)
     rows = draw_rows(make_bank([5] * 5), STANDARD, "train", 0, 3)
     assert np.sort(np.hstack([rows.support, rows.query])).tolist() == [list(range(25))] * 3
 
 
 def test_sampling_checks_the_bank() -> None:
     with pytest.raises(ValueError, match="9 ways need 9 classes, split train of 'toy' has 8"):
-        sample_episodes(BANK, replace(STANDARD, ways=9), "train", 0, 1)
+        sample_episodes(BANK, STANDARD.replace(ways=9), "train", 0, 1)
     with pytest.raises(ValueError, match="class 'class2' of split train of 'toy' has 7"):
-        draw_rows(BANK, replace(STANDARD, query=6), "train", 0, 1)
+        draw_rows(BANK, STANDARD.replace(query=6), "train", 0, 1)
     with pytest.raises(ValueError, match=r"split \(val\) was asked of the bank of split train of 'toy'"):
         sample_episodes(BANK, STANDARD, "val", 0, 1)

@@ -28,10 +28,10 @@ from lgm_dist.data import open_bank, sample_episodes
 from lgm_dist.runs.checkpoint_files import read_meta
 from lgm_dist.runs.job import make_job
 from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.training import loop as training
 from lgm_dist.training.diagnosis import explain
 from lgm_dist.training.engine import Worker, make_optimizer, train_step
 from lgm_dist.training.loop import STOP, NotFinite, build_model, stop_on_signals, train_fn
-from lgm_dist.training import loop as training
 
 
 def trained(config: Config) -> Path:
@@ -125,7 +125,7 @@ def test_the_first_layer_that_is_not_finite_is_named(parameter: str, layer: str,
     weights = model.get_parameter(parameter)
     with torch.no_grad():
         weights[(0,) * weights.dim()] = float("nan")
-    batch = sample_episodes(open_bank(small.data, "train"), small, "train", 0, small.meta_batch)
+    batch = sample_episodes(open_bank(small.data.name, "train"), small, "train", 0, small.episodes.meta_batch)
     said = explain(model, batch, small, 0, Worker())
     assert said == f"at step 1 the output of {layer} is not finite for train episodes 0 to 3"
 
@@ -140,8 +140,8 @@ def test_a_learning_rate_that_is_far_too_high_ends_the_run(tiny: Path, tmp_path:
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(small: Config) -> None:
     model = build_model(small, Worker())
-    optimizer, bank = make_optimizer(model, small), open_bank(small.data, "train")
-    batch = sample_episodes(bank, small, "train", 0, small.meta_batch)
+    optimizer, bank = make_optimizer(model, small), open_bank(small.data.name, "train")
+    batch = sample_episodes(bank, small, "train", 0, small.episodes.meta_batch)
     train_step(model, optimizer, batch, small, 0)
     before = {name: value.clone() for name, value in model.named_parameters()}
     moments = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
@@ -161,8 +161,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(small: Confi
 def spoiled_slice(worker: Worker, small: Config) -> dict[str, str]:
     """Two of the meta-batch's four episodes are the second worker's; one image of its second is no number."""
     model = build_model(small, worker)
-    first, count = worker.slice_of(12 * small.meta_batch, small.meta_batch)
-    batch = sample_episodes(open_bank(small.data, "train"), small, "train", first, count)
+    first, count = worker.slice_of(12 * small.episodes.meta_batch, small.episodes.meta_batch)
+    batch = sample_episodes(open_bank(small.data.name, "train"), small, "train", first, count)
     images = batch.images.clone()
     if worker.rank == worker.world_size - 1:
         images[-1, 3, 0, 5, 5] = float("nan")

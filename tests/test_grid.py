@@ -67,10 +67,13 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     names = []
 
     def fit(config: Config, group: str) -> Path:
-        assert group == Path(config.storage).name
-        names.append(config.name)
-        folder = Path(config.storage) / config.name
-        steps = {"train/steps": config.steps, "train/episodes": config.steps * config.meta_batch}
+        assert group == Path(config.run.storage).name
+        names.append(config.run.name)
+        folder = Path(config.run.storage) / config.run.name
+        steps = {
+            "train/steps": config.episodes.steps,
+            "train/episodes": config.episodes.steps * config.episodes.meta_batch,
+        }
         (folder / "result.json").write_text(json.dumps(RESULT | steps))
         (folder / "facts.json").write_text(json.dumps(FACTS))
         return folder
@@ -107,8 +110,13 @@ def test_each_cell_sees_as_many_images_as_5_way_1_shot_would(trained: Path) -> N
     expected = {"2w1s": (30, 10, 30), "2w2s": (24, 8, 22), "3w1s": (21, 7, 20), "3w2s": (15, 5, 15)}
     for name, (steps, every, decay) in expected.items():
         config = read_config(trained / name)
-        assert (config.steps, config.eval_every, config.lr_decay_steps) == (steps, every, decay)
-        assert (config.ways, config.shot, config.eval_ways, config.eval_shot) == (int(name[0]), int(name[2]), 0, 0)
+        assert (config.episodes.steps, config.episodes.eval_every, config.optim.lr_decay_steps) == (steps, every, decay)
+        assert (config.episodes.ways, config.episodes.shot, config.episodes.eval_ways, config.episodes.eval_shot) == (
+            int(name[0]),
+            int(name[2]),
+            0,
+            0,
+        )
         assert [row["step"] for row in read_metrics(trained / name) if "val/accuracy" in row] == [
             every,
             2 * every,
@@ -201,7 +209,7 @@ def test_protocol_paper_says_that_it_leaks(
     assert latex((folder / "table.tex").read_text())
     assert {row["leaks_label"] for row in rows_of(folder / "table.csv")} == {"True"}
     # One query an episode: 5-way 1-shot 4 * 6 = 24 images a step, 288 in all; 2w2s 4 * 5 = 20, so round(4 * 1.2) = 5 thrice.
-    assert read_config(folder / "2w2s").steps == 15
+    assert read_config(folder / "2w2s").episodes.steps == 15
     assert fits == ["2w1s", "3w1s", "2w2s", "3w2s"]  # 3, 4, 5 and 7 images an episode
 
 
@@ -217,7 +225,7 @@ def test_a_failed_cell_ends_the_command_with_the_table_of_the_others(
     works = ray_train.fit
 
     def fails(config: Config, group: str) -> Path:
-        if config.name == "3w1s":
+        if config.run.name == "3w1s":
             raise failure
         return works(config, group)
 
@@ -297,7 +305,7 @@ def test_flags_that_a_table_does_not_have(flag: str, monkeypatch: pytest.MonkeyP
 def test_cross_evaluation_is_that_of_the_other_cells_episodes(trained: Path, tiny: Path) -> None:
     """The slow way: the first network on each episode of the last cell, one by one."""
     model, config, _ = load_model(best(trained / "2w1s"))
-    bank, other = open_bank(str(tiny), "test"), dataclasses.replace(config, ways=3, shot=2)
+    bank, other = open_bank(str(tiny), "test"), config.replace(ways=3, shot=2)
     accuracies = []
     for i in range(20):
         batch = sample_episodes(bank, other, "test", i, 1)
@@ -323,7 +331,7 @@ def test_cross_evaluations_are_kept_for_the_checkpoint_that_they_are_of(
     real = grid_cells.evaluate
 
     def evaluate(model: Any, bank: Any, config: Config, *rest: Any, **more: Any) -> Any:
-        asked.append((config.name, config.ways, config.shot))
+        asked.append((config.run.name, config.episodes.ways, config.episodes.shot))
         return real(model, bank, config, *rest, **more)
 
     before = (trained / "table.md").read_text()
@@ -349,8 +357,8 @@ def test_one_ray_for_all_cells(
         return ours
 
     def fit(config: Config, group: str) -> Path:
-        events.append(config.name)
-        if config.name == "2w2s":
+        events.append(config.run.name)
+        if config.run.name == "2w2s":
             raise RunFailed("worker 0 failed")
         return works(config, group)
 

@@ -34,7 +34,7 @@ def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_facts(small: Config, tiny: Path, tmp_path: Path) -> None:
-    job = make_job(dataclasses.replace(small, storage=str(tmp_path), name="run", workers=2, cpus_per_worker=3))
+    job = make_job(small.replace(storage=str(tmp_path), name="run", workers=2, cpus_per_worker=3))
     write_facts(job, Worker(rank=0, world_size=2))
     facts = json.loads((tmp_path / "run/facts.json").read_text())
     assert (facts["world_size"], facts["threads"], facts["device"]) == (2, 3, "cpu")
@@ -45,7 +45,7 @@ def test_facts(small: Config, tiny: Path, tmp_path: Path) -> None:
 def test_another_number_of_workers_is_said_once(
     small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = make_job(dataclasses.replace(small, storage=str(tmp_path), name="run"))
+    job = make_job(small.replace(storage=str(tmp_path), name="run"))
     for world_size, step in ((1, 0), (1, 4), (3, 8), (3, 12)):
         write_facts(job, Worker(rank=0, world_size=world_size), step)
     assert capsys.readouterr().err == "world size 1 -> 3 from step 9 on\n"
@@ -53,9 +53,9 @@ def test_another_number_of_workers_is_said_once(
 
 def test_elastic_workers_share_the_cores_as_if_all_were_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lgm_dist.runs.job.os.cpu_count", lambda: 8)
-    assert threads_of(Config(workers=1, max_workers=4)) == 2
-    assert threads_of(Config(workers=2)) == 4
-    assert threads_of(Config(workers=16)) == 1
+    assert threads_of(Config.of(workers=1, max_workers=4)) == 2
+    assert threads_of(Config.of(workers=2)) == 4
+    assert threads_of(Config.of(workers=16)) == 1
 
 
 def test_storage_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
@@ -83,19 +83,18 @@ def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_configuration_from_before_a_field_was_there_is_still_that_run(small: Config, tmp_path: Path) -> None:
     """Runs of earlier versions have no eval_ways in their config.json; its default then was no other."""
-    config = dataclasses.replace(small, storage=str(tmp_path), name="run")
+    config = small.replace(storage=str(tmp_path), name="run")
     job = make_job(config)
     values = config.to_dict()
-    for name in ("eval_ways", "eval_shot", "max_workers"):
-        del values[name]
+    del values["episodes"]["eval_ways"], values["episodes"]["eval_shot"], values["run"]["max_workers"]
     (Path(job.run) / "config.json").write_text(json.dumps(values))
     assert make_job(config) == job
     with pytest.raises(ValueError, match="was started with eval_ways 0, not 2"):
-        make_job(dataclasses.replace(config, eval_ways=2))
+        make_job(config.replace(eval_ways=2))
 
 
 def test_all_differing_fields_of_a_taken_name_are_named_and_nothing_is_changed(small: Config, tmp_path: Path) -> None:
-    config = dataclasses.replace(small, storage=str(tmp_path), name="run")
+    config = small.replace(storage=str(tmp_path), name="run")
     run = Path(make_job(config).run)
     before = (run / "config.json").read_bytes()
     model = dataclasses.replace(small.model, filters=4)
@@ -103,16 +102,16 @@ def test_all_differing_fields_of_a_taken_name_are_named_and_nothing_is_changed(s
         ValueError,
         match=r"started with shot 2, not 1, lr 0\.01, not 0\.1, model\.filters 8, not 4; give another --name",
     ):
-        make_job(dataclasses.replace(config, shot=1, lr=0.1, model=model, epochs=9))
+        make_job(config.replace(shot=1, lr=0.1, model=model, epochs=9))
     assert (run / "config.json").read_bytes() == before
 
 
 def test_a_run_whose_data_set_was_made_anew_with_other_images_is_refused(small: Config, tmp_path: Path) -> None:
     images = 12
     data = write_shards(tiny_source(images=(images, images, images)), tmp_path / "data")
-    config = dataclasses.replace(small, storage=str(tmp_path), name="run", data=str(data), eval_query=3)
-    run = fit(dataclasses.replace(config, steps_per_epoch=2, eval_every=1, test_episodes=0))
-    again = dataclasses.replace(config, steps_per_epoch=2, eval_every=1, test_episodes=0, epochs=2)
+    config = small.replace(storage=str(tmp_path), name="run", data=str(data), eval_query=3)
+    run = fit(config.replace(steps_per_epoch=2, eval_every=1, test_episodes=0))
+    again = config.replace(steps_per_epoch=2, eval_every=1, test_episodes=0, epochs=2)
     make_job(again)
     write_shards(tiny_source(images=(images, images, images + 1)), data.parent)
     with pytest.raises(ValueError, match=r"2 is of another configuration: it has the data set's digest '\w{16}', not"):
@@ -126,7 +125,7 @@ def test_a_gpus_precision_is_refused_on_a_cpu(
 ) -> None:
     """On a cluster too, whose workers get a GPU where the configuration of this process says so."""
     monkeypatch.setenv("RAY_ADDRESS", address or "local")
-    config = dataclasses.replace(small, storage=str(tmp_path), precision="tf32", device="cpu", workers=1)
+    config = small.replace(storage=str(tmp_path), precision="tf32", device="cpu", workers=1)
     with pytest.raises(ValueError, match=r"^precision \('tf32'\) is a GPU's, .* use --precision float32$"):
         make_job(config)
     assert list(tmp_path.iterdir()) == []
@@ -137,5 +136,5 @@ def test_images_of_other_channels_than_the_networks_are_refused(small: Config, t
     with pytest.raises(
         ValueError, match=r"model\.channels \(1\) must be 3, as the images of 'tiny' have; use --model\.chan"
     ):
-        make_job(dataclasses.replace(small, storage=str(tmp_path / "runs"), model=model))
+        make_job(small.replace(storage=str(tmp_path / "runs"), model=model))
     assert not (tmp_path / "runs").exists()

@@ -28,7 +28,7 @@ from lgm_dist.runs.metrics import MetricsLog
 tracking.POLL_SECONDS = 0.02
 run, rows, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 log = MetricsLog(run, 0)
-with tracking.Mirror(run, Config(wandb="online", name="a-run"), "a-sweep", "trial") as mirror:
+with tracking.Mirror(run, Config.of(wandb="online", name="a-run"), "a-sweep", "trial") as mirror:
     for step in range(1, rows + 1):
         log.write(step, {"train/loss": 1 / step})
         time.sleep(pause)
@@ -85,7 +85,7 @@ def test_a_killed_driver_loses_no_row(server: Server, tmp_path: Path) -> None:
 
 
 def test_replay_asks_the_server_what_is_there(server: Server, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", Config(name="a-run"), [row(step) for step in range(1, 6)])
+    run = write_run(tmp_path / "run", Config.of(name="a-run"), [row(step) for step in range(1, 6)])
     (run / "facts.json").unlink()  # and so no artifacts, which this server does not keep
     result = {"step": 5, "val/accuracy": 0.5, "val/ci95": 0.1, "train/steps": 5, "test/accuracy": 0.375}
     (run / "result.json").write_text(json.dumps(result))

@@ -41,7 +41,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
 def test_pictures_are_files_that_say_when_they_leak(
     tmp_path: Path, figures: dict[str, Figure], protocol: Literal["standard", "paper"]
 ) -> None:
-    begin(tmp_path, Config(protocol=protocol))
+    begin(tmp_path, Config.of(protocol=protocol))
     winner_and_second(tmp_path)
     paths = pictures.draw(read_sweep(tmp_path))
     assert paths == [tmp_path / name for name in ("parallel.png", "importance.png", "time.png")]

@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +29,21 @@ from lgm_dist.training.engine import evaluate, make_optimizer, train_step
 
 
 def train(config: Config, run: Path) -> Path:
-    """A run of config.steps steps, evaluated every config.eval_every, without anything that surrounds it."""
+    """A run of config.episodes.steps steps, evaluated every config.episodes.eval_every, without anything that surrounds it."""
     torch.manual_seed(0)
     model = LGMNet(config.model)
     optimizer = make_optimizer(model, config)
-    train_bank, val_bank = open_bank(config.data, "train"), open_bank(config.data, "val")
+    train_bank, val_bank = open_bank(config.data.name, "train"), open_bank(config.data.name, "val")
     (run / "config.json").write_text(json.dumps(config.to_dict()))
     log = MetricsLog(run, 0)
-    for step in range(config.steps):
-        batch = sample_episodes(train_bank, config, "train", step * config.meta_batch, config.meta_batch)
+    for step in range(config.episodes.steps):
+        batch = sample_episodes(
+            train_bank, config, "train", step * config.episodes.meta_batch, config.episodes.meta_batch
+        )
         loss, accuracy, _ = train_step(model.train(), optimizer, batch, config, step).tolist()
         metrics = {"train/loss": loss, "train/accuracy": accuracy, "speed/episodes_per_s": 100.0 + step}
-        if (step + 1) % config.eval_every == 0:
-            score = evaluate(model, val_bank, config.evaluation, "val", config.eval_episodes).score
+        if (step + 1) % config.episodes.eval_every == 0:
+            score = evaluate(model, val_bank, config, "val", config.episodes.eval_episodes).score
             metrics |= {"val/accuracy": score.accuracy, "val/ci95": score.ci95}
             state = checkpoint.TrainState(step + 1, score.accuracy, score.ci95)
             checkpoint.save(run, state, model, optimizer, config)
@@ -54,7 +55,7 @@ def train(config: Config, run: Path) -> Path:
 @pytest.fixture(scope="module", params=["standard", "paper"])
 def run(request: pytest.FixtureRequest, small: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     protocol: Protocol = request.param
-    return train(replace(small, protocol=protocol), tmp_path_factory.mktemp(protocol))
+    return train(small.replace(protocol=protocol), tmp_path_factory.mktemp(protocol))
 
 
 def pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -85,7 +86,7 @@ def test_curves(run: Path) -> None:
 
 
 def test_curves_of_one_step(small: Config, tmp_path: Path) -> None:
-    config = replace(small, steps_per_epoch=1, eval_every=1)
+    config = small.replace(steps_per_epoch=1, eval_every=1)
     assert pixels(plots.curves(train(config, tmp_path))).size > 0
 
 
@@ -112,7 +113,7 @@ def test_episode(run: Path) -> None:
     image = pixels(path)
     assert all(200 < side < 2000 for side in image.shape[:2])
     batch = sample_episodes(bank, config, "val", 3, 1)
-    noise = batch.noise if config.protocol == "paper" else None
+    noise = batch.noise if config.episodes.protocol == "paper" else None
     with torch.no_grad():
         right = (model(batch.support, batch.query, 3, noise).argmax(-1) == batch.labels).sum().item()
     assert (framed(image, GREEN), framed(image, RED)) == (right, batch.labels.numel() - right)
@@ -133,23 +134,23 @@ def test_episode_asks_the_best_checkpoint_with_the_protocols_noise(
         return forward(self, support, query, ways, noise)
 
     monkeypatch.setattr(LGMNet, "forward", spy)
-    other, bank = LGMNet(config.model), open_bank(config.data, "val")
+    other, bank = LGMNet(config.model), open_bank(config.data.name, "val")
     for step, saved, accuracy in ((20, other, 0.0), (24, model, 2.0), (28, other, 0.0)):  # best: once newest, once not
         checkpoint.save(tmp_path, checkpoint.TrainState(step, accuracy), saved, make_optimizer(saved, config), config)
         if step > 20:
             plots.episode(tmp_path, bank)
-    assert asked == [(True, config.protocol == "paper")] * 2
+    assert asked == [(True, config.episodes.protocol == "paper")] * 2
 
 
 def test_val_of_other_ways_and_shots_than_training(small: Config, tmp_path: Path) -> None:
     """Trained on 3 ways of 2 shots, evaluated on 5 of 1: two lines of chance, and a contact sheet of 5 rows."""
-    config = replace(small, steps_per_epoch=4, eval_ways=5, eval_shot=1)
+    config = small.replace(steps_per_epoch=4, eval_ways=5, eval_shot=1)
     run = train(config, tmp_path)
     middle = np.array_split(pixels(plots.curves(run)), 3, axis=1)[1]
     lines = [np.flatnonzero((middle == rgb).all(-1).sum(1) > 60) for rgb in ((31, 119, 180), (255, 127, 14))]
     assert all(0 < len(rows) <= 4 for rows in lines), "dotted across the picture, in the colours of train and val"
     assert lines[0].max() < lines[1].min(), "33 % lies above 20 %"
-    image = pixels(plots.episode(run, open_bank(config.data, "val")))
+    image = pixels(plots.episode(run, open_bank(config.data.name, "val")))
     assert framed(image, "#000000") == 5
     assert framed(image, GREEN) + framed(image, RED) == 15
 
@@ -159,8 +160,8 @@ def config_of(run: Path) -> Config:
 
 
 def test_episode_of_many_queries_stays_readable(small: Config, tmp_path: Path) -> None:
-    config = replace(small, ways=2, eval_query=20, steps_per_epoch=4)
-    image = pixels(plots.episode(train(config, tmp_path), open_bank(config.data, "val")))
+    config = small.replace(ways=2, eval_query=20, steps_per_epoch=4)
+    image = pixels(plots.episode(train(config, tmp_path), open_bank(config.data.name, "val")))
     assert framed(image, GREEN) + framed(image, RED) == 2 * plots.QUERIES_SHOWN
 
 

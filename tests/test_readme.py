@@ -70,7 +70,7 @@ def parses(name: str, words: list[str]) -> None:
         words = words[:place] + words[place + 2 :]
     module = script(name) if name == "train" else importlib.import_module(name)
     flags = {"train": "TrainFlags", "sweep": "SweepFlags", "grid": "GridFlags"}[name]
-    assert parse(getattr(module, flags), words)[0].steps > 0
+    assert parse(getattr(module, flags), words)[0].episodes.steps > 0
 
 
 def test_there_are_commands_for_every_script() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from lgm_dist.config import Config
 from lgm_dist.tracking.mirror import Mirror
 
 ROOT = Path(__file__).parents[1]
-CONFIG = Config(name="a-run")
+CONFIG = Config.of(name="a-run")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +40,7 @@ def steps(run: Path) -> list[list[int]]:
 
 def test_what_is_missing_is_sent_and_nothing_twice(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", CONFIG, [row(s) for s in range(1, 4)])
-    with Mirror(run, replace(CONFIG, wandb="offline")):
+    with Mirror(run, CONFIG.replace(wandb="offline")):
         pass
     whole = [row(s) for s in range(1, 8)]
     write_run(tmp_path / "longer", CONFIG, whole)
@@ -61,7 +60,7 @@ def test_what_is_missing_is_sent_and_nothing_twice(tmp_path: Path) -> None:
 def test_a_sweep_stands_for_its_trials(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", {"name": "optim-1"})
     trials = [
-        write_trial(sweep, number, replace(CONFIG, name=f"trial-{number}"), [row(s) for s in range(1, 3 + number)], {})
+        write_trial(sweep, number, CONFIG.replace(name=f"trial-{number}"), [row(s) for s in range(1, 3 + number)], {})
         for number in (0, 1)
     ]
     write_trial(sweep, 2, CONFIG, [], {}, status="failed")
@@ -104,7 +103,7 @@ def test_disabled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_failure_is_said_and_ends_with_status_1(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, CONFIG, [row(1)]) for name in ("first", "second")]
-    with Mirror(runs[0], replace(CONFIG, wandb="offline")):  # the first is being sent by this process
+    with Mirror(runs[0], CONFIG.replace(wandb="offline")):  # the first is being sent by this process
         done = script("wandb_replay.py", *runs)
     assert (done.returncode, done.stdout) == (1, f"{runs[1]}: 1 rows logged, 0 already there\n")
     assert done.stderr.splitlines()[-1] == (
@@ -118,7 +117,7 @@ def test_evaluate_is_a_run_of_its_own(tmp_path: Path, small: Config) -> None:
     from lgm_dist.training.engine import Worker, make_optimizer
     from lgm_dist.training.loop import build_model
 
-    config = replace(small, name="a-run", storage=str(tmp_path), wandb="disabled")
+    config = small.replace(name="a-run", storage=str(tmp_path), wandb="disabled")
     model = build_model(config, Worker())
     state = checkpoint.TrainState(4, 0.5, 0.1)
     run = write_run(tmp_path / "a-run", config, [row(4)])

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from lgm_dist.report.charts import Line, chart, thin
 from lgm_dist.runs.job import make_job, read_result
 from lgm_dist.runs.metrics import read_metrics
 
-BASE = Config(data="fc100", meta_batch=10, epochs=1, steps_per_epoch=300, eval_episodes=4, wandb="disabled")
+BASE = Config.of(data="fc100", meta_batch=10, epochs=1, steps_per_epoch=300, eval_episodes=4, wandb="disabled")
 TESTED = {"test/accuracy": 0.3338, "test/ci95": 0.0041, "test/episodes": 2000}
 MINUS = "\N{MINUS SIGN}"
 
@@ -87,7 +86,7 @@ def sweep(tmp_path: Path) -> Path:
     folder = write_sweep(
         tmp_path / "sweep", {"name": "norms", "space": "normalization", "command": "tune/sweep.py --samples 4"}
     )
-    base = replace(BASE, test_episodes=0)
+    base = BASE.replace(test_episodes=0)
     write_trial(
         folder, 0, base, curve(0.25), {"lr": 0.01, "model.norm": "group"}, [0.3, 0.2, 0.3, 0.2], status="stopped"
     )
@@ -107,9 +106,9 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_headline_of_runs(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", replace(BASE, name="a", eval_ways=20), curve(0.0912, 0.0034), result=TESTED)
-    write_run(tmp_path / "b", replace(BASE, name="b", test_episodes=0), curve(0.2999, 0.012), result={"step": 200})
-    write_run(tmp_path / "c", replace(BASE, name="c", shot=5), curve()[:150])
+    write_run(tmp_path / "a", BASE.replace(name="a", eval_ways=20), curve(0.0912, 0.0034), result=TESTED)
+    write_run(tmp_path / "b", BASE.replace(name="b", test_episodes=0), curve(0.2999, 0.012), result={"step": 200})
+    write_run(tmp_path / "c", BASE.replace(name="c", shot=5), curve()[:150])
     table = Page(write_report([tmp_path], tmp_path / "out")).tables["Runs"]
     names = (
         "run",
@@ -151,7 +150,7 @@ def test_headline_of_runs(tmp_path: Path) -> None:
 
 def test_protocol_paper_says_that_it_leaks_wherever_its_accuracy_stands(tmp_path: Path) -> None:
     for name, protocol in (("honest", "standard"), ("leaky", "paper")):
-        config = replace(BASE, name=name, protocol=protocol)  # type: ignore[arg-type]
+        config = BASE.replace(name=name, protocol=protocol)  # type: ignore[arg-type]
         write_run(tmp_path / name, config, curve(), result=TESTED)
         (tmp_path / name / "curves.png").write_bytes(PNG)
     honest = Page(write_report([tmp_path / "honest"], tmp_path / "out"))
@@ -165,7 +164,7 @@ def test_protocol_paper_says_that_it_leaks_wherever_its_accuracy_stands(tmp_path
 
 
 def test_a_run_alone_shows_its_figures_large(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", replace(BASE, name="a"), curve(), result=TESTED)
+    write_run(tmp_path / "a", BASE.replace(name="a"), curve(), result=TESTED)
     assert (
         "test accuracy33.38 ± 0.41 % (n = 2,000)best val accuracy30.00 ± 1.00 %chance20 %"
         in Page(write_report([tmp_path / "a"], tmp_path)).text
@@ -272,9 +271,9 @@ def test_the_winners_test_accuracy_is_only_that_trials(sweep: Path, tmp_path: Pa
 
 def test_ways_and_shots(tmp_path: Path) -> None:
     for ways, shot, accuracy in ((5, 1, 0.33), (5, 5, 0.41), (20, 1, 0.12)):
-        config = replace(BASE, name=f"r{ways}-{shot}", ways=ways, shot=shot)
-        write_run(tmp_path / config.name, config, curve(), result={"test/accuracy": accuracy, "test/ci95": 0.01})
-    config = replace(BASE, name="late", ways=20, shot=5)
+        config = BASE.replace(name=f"r{ways}-{shot}", ways=ways, shot=shot)
+        write_run(tmp_path / config.run.name, config, curve(), result={"test/accuracy": accuracy, "test/ci95": 0.01})
+    config = BASE.replace(name="late", ways=20, shot=5)
     write_run(tmp_path / "late", config, curve(0.15))
     page = Page(write_report([tmp_path], tmp_path / "out"))
     assert page.tables["Ways and shots, each network evaluated where it was trained"] == [
@@ -286,7 +285,7 @@ def test_ways_and_shots(tmp_path: Path) -> None:
 
 def test_protocols_are_never_mixed_in_a_table(tmp_path: Path) -> None:
     for name, protocol, shot in (("a", "standard", 1), ("b", "standard", 5), ("c", "paper", 1), ("d", "paper", 5)):
-        config = replace(BASE, name=name, protocol=protocol, shot=shot)  # type: ignore[arg-type]
+        config = BASE.replace(name=name, protocol=protocol, shot=shot)  # type: ignore[arg-type]
         write_run(tmp_path / name, config, curve())
     source = Page(write_report([tmp_path], tmp_path / "out")).source
     tables = re.findall(r'title="Ways and shots.*?</table>', source, flags=re.DOTALL)
@@ -299,7 +298,7 @@ def test_protocols_are_never_mixed_in_a_table(tmp_path: Path) -> None:
 def test_ways_and_shots_of_training_at_one_target(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", {"name": "s"})
     for number, (ways, shot, best) in enumerate(((5, 1, 0.3), (20, 1, 0.31), (20, 5, 0.29))):
-        config = replace(BASE, ways=ways, shot=shot, eval_ways=5, eval_shot=1, test_episodes=0)
+        config = BASE.replace(ways=ways, shot=shot, eval_ways=5, eval_shot=1, test_episodes=0)
         write_trial(folder, number, config, curve(best), {"ways": ways, "shot": shot})
     assert Page(write_report([folder], tmp_path)).tables[
         "Ways and shots of training, all evaluated at 5-way 1-shot"
@@ -311,7 +310,7 @@ def test_ways_and_shots_of_training_at_one_target(tmp_path: Path) -> None:
 
 
 def test_the_grid_of_evaluate(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", replace(BASE, name="a"), curve())
+    run = write_run(tmp_path / "a", BASE.replace(name="a"), curve())
     cell = {"split": "test", "protocol": "standard", "draws": 0, "episodes": 2000}
     scores = ((5, 1, 0.3338), (5, 5, 0.4139), (20, 1, 0.1197), (20, 5, 0.1571))
     results = [
@@ -327,7 +326,7 @@ def test_the_grid_of_evaluate(tmp_path: Path) -> None:
 
 def test_a_real_run(small: Config, tmp_path: Path) -> None:
     """And what the fabricated ones have in common with it."""
-    config = replace(small, name="real", storage=str(tmp_path), wandb="disabled")
+    config = small.replace(name="real", storage=str(tmp_path), wandb="disabled")
     run = Path((job := make_job(config)).run)
     train(job)
     assert row(1, (0.3, 0.01)).keys() == read_metrics(run)[-1].keys()
@@ -343,9 +342,9 @@ def test_a_real_run(small: Config, tmp_path: Path) -> None:
 
 def test_normalisation_of_runs_on_the_same_episodes(tmp_path: Path) -> None:
     for name, norm, best in (("a", "batch", 0.31), ("b", "batch", 0.33), ("c", "group", 0.25)):
-        config = replace(BASE, name=name, model=ModelConfig(norm=norm))  # type: ignore[arg-type]
+        config = BASE.replace(name=name, model=ModelConfig(norm=norm))  # type: ignore[arg-type]
         write_run(tmp_path / name, config, curve(best))
-    write_run(tmp_path / "d", replace(BASE, name="d", eval_ways=20, model=ModelConfig(norm="layer")), curve(0.1))
+    write_run(tmp_path / "d", BASE.replace(name="d", eval_ways=20, model=ModelConfig(norm="layer")), curve(0.1))
     page = Page(write_report([tmp_path], tmp_path / "out"))
     assert page.tables["Normalisation, runs evaluated at 5-way 1-shot (standard)"][1:] == [
         ["model.norm", "batch", "2", "32.00 ± 1.96 %", "33.00 %"],
@@ -357,7 +356,7 @@ def test_normalisation_of_runs_on_the_same_episodes(tmp_path: Path) -> None:
 def test_speed_and_scaling(tmp_path: Path) -> None:
     for name, workers, speeds in (("one", 1, (50.0, 100.0, 120.0)), ("two", 2, (10.0, 150.0, 160.0))):
         rows = [row(step, speed__episodes_per_s=speed) for step, speed in enumerate(speeds, 1)]
-        write_run(tmp_path / name, replace(BASE, name=name, workers=workers, query=3), rows, {"world_size": workers})
+        write_run(tmp_path / name, BASE.replace(name=name, workers=workers, query=3), rows, {"world_size": workers})
     page = Page(write_report([tmp_path], tmp_path / "out"))
     assert columns(page.tables["Throughput"], "run", "workers", "episodes/s", "images/s", "peak memory") == [
         ("one", "1", "100.0", "2,000", "1.00 GiB"),
@@ -388,7 +387,7 @@ def test_the_page_asks_for_nothing_and_runs_nothing(sweep: Path, tmp_path: Path)
 
 def test_names_are_text(tmp_path: Path) -> None:
     hostile = "<script>alert(1)<b onclick='x'>&\""
-    write_run(tmp_path / "a", replace(BASE, name=hostile), curve(), {"commit": hostile, "machine": hostile}, TESTED)
+    write_run(tmp_path / "a", BASE.replace(name=hostile), curve(), {"commit": hostile, "machine": hostile}, TESTED)
     folder = write_sweep(tmp_path / "s", {"name": hostile, "space": hostile, "command": [hostile]})
     for number in range(2):
         write_trial(folder, number, BASE, curve(), {hostile: hostile}, error=hostile, status=hostile)
@@ -400,8 +399,8 @@ def test_names_are_text(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
-    write_run(tmp_path / "young", replace(BASE, name="young"), [row(1), row(2)])
-    write_run(tmp_path / "unborn", replace(BASE, name="unborn"), [])
+    write_run(tmp_path / "young", BASE.replace(name="young"), [row(1), row(2)])
+    write_run(tmp_path / "unborn", BASE.replace(name="unborn"), [])
     page = Page(write_report([tmp_path], tmp_path / "out"))
     assert "young: not finished (step 2 of 300); not evaluated yet" in page.text
     assert "unborn: not finished (step 0 of 300); not evaluated yet" in page.text
@@ -441,7 +440,7 @@ SWEEP_FILES = (
 @pytest.mark.parametrize(("place", "name"), list(enumerate([*RUN_FILES, *SWEEP_FILES])))
 def test_damage_costs_what_is_damaged_and_no_more(place: int, name: str, sweep: Path, tmp_path: Path) -> None:
     """Each file with two kinds of damage, so that all kinds come by."""
-    run = write_run(tmp_path / "a", replace(BASE, name="a"), curve(), result=TESTED)
+    run = write_run(tmp_path / "a", BASE.replace(name="a"), curve(), result=TESTED)
     for garbage in (GARBAGE[place % len(GARBAGE)], GARBAGE[(place + 3) % len(GARBAGE)]):
         ((run if name in RUN_FILES else sweep) / name).write_bytes(garbage)
         page = Page(write_report([run, sweep], tmp_path / "out"))
@@ -463,7 +462,7 @@ def test_damage_costs_what_is_damaged_and_no_more(place: int, name: str, sweep: 
     ],
 )
 def test_damage_is_named(name: str, line: str, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", replace(BASE, name="a"), curve(), result=TESTED)
+    run = write_run(tmp_path / "a", BASE.replace(name="a"), curve(), result=TESTED)
     (run / name).write_bytes(b"{\n")
     assert line in Page(write_report([run], tmp_path)).text
 
@@ -477,7 +476,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("sweep")
 def test_a_folder_of_runs_and_sweeps_shows_both(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", replace(BASE, name="a"), curve())
+    write_run(tmp_path / "a", BASE.replace(name="a"), curve())
     page = Page(write_report([tmp_path], tmp_path / "out"))
     assert columns(page.tables["Runs"], "run") == [("a",), ("norms: trial-002 (winner)",)]
 
@@ -535,7 +534,7 @@ def browse(page: Path, folder: Path, width: int, scheme: str) -> tuple[dict[str,
 @pytest.mark.skipif(not BROWSER, reason="no Chromium (chromium, chromium-browser, google-chrome) on this machine")
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
 def test_in_a_browser(width: int, scheme: str, sweep: Path, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", replace(BASE, name="a" * 80), curve(), result=TESTED)
+    run = write_run(tmp_path / "a", BASE.replace(name="a" * 80), curve(), result=TESTED)
     for name in ("curves.png", "weights.png"):
         Image.new("RGB", (1500, 400), "white").save(run / name)
     found, picture = browse(write_report([run, sweep], tmp_path), tmp_path, width, scheme)

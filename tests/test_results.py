@@ -80,7 +80,7 @@ def test_csv(sweep: Path) -> None:
     [
         (BASE, {"ways": 10, "shot": 2, "meta_batch": 2}, 10 * 2 * 10 * (2 + 1)),
         (BASE, {"query": 4}, 10 * 4 * 5 * (1 + 4)),
-        (Config(protocol="paper", query=4), {"meta_batch": 4}, 10 * 4 * (5 * 1 + 1)),
+        (Config.of(protocol="paper", query=4), {"meta_batch": 4}, 10 * 4 * (5 * 1 + 1)),
     ],
 )
 def test_images_are_those_of_the_trials_own_configuration(
@@ -202,7 +202,7 @@ def test_exploits(sweep: Path, accuracies: tuple[float, float], lr: str) -> None
 
 
 def test_protocol_paper_says_that_it_leaks(sweep: Path) -> None:
-    begin(sweep, Config(protocol="paper"))
+    begin(sweep, Config.of(protocol="paper"))
     winner_and_second(sweep)
     assert cells(sweep)[0]["protocol"] == "paper (LEAKS the label)"
     assert "LEAKS THE LABEL" in (sweep / "comparison.md").read_text()

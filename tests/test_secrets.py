@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def test_a_finished_run_holds_no_key(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.chdir(tmp_path)
-    config = replace(small, storage=str(tmp_path), name="run", wandb="offline", steps_per_epoch=2, eval_every=1)
+    config = small.replace(storage=str(tmp_path), name="run", wandb="offline", steps_per_epoch=2, eval_every=1)
     job = make_job(config)
     run = Path(job.run)
     with Mirror(run, config):
@@ -36,7 +35,7 @@ def test_a_finished_run_holds_no_key(
     (run / "canary").write_text(f"key={KEY}")
     assert holding(tmp_path, KEY) == [run / "canary"]
     with pytest.raises(ValueError, match="was started with") as refused:
-        make_job(replace(config, lr=0.5))
+        make_job(config.replace(lr=0.5))
     assert KEY not in str(refused.value) + "".join(capfd.readouterr())
 
 

@@ -151,9 +151,14 @@ class TestRealSweeps:
         assert [trial.sample for trial in found.trials] == found.spec["drawn"]
         for trial in found.trials:
             config = Config.from_dict(json.loads((trial.run / "config.json").read_text()))
-            assert (config.ways, config.shot, config.eval_ways, config.eval_shot) == (3, 1, 4, 2)
+            assert (
+                config.episodes.ways,
+                config.episodes.shot,
+                config.episodes.eval_ways,
+                config.episodes.eval_shot,
+            ) == (3, 1, 4, 2)
             assert config.model.weight_norm == trial.sample["model.weight_norm"]
-            assert config.noise == trial.sample["noise"]
+            assert config.episodes.noise == trial.sample["noise"]
             assert steps_of(trial.run) == list(range(1, 13))
             accuracies = trial.accuracies()
             assert accuracies is not None
@@ -229,7 +234,7 @@ class TestRealSweeps:
             assert steps_of(trial.run) == list(range(1, 41)), "one history, whatever was taken over"
             sample = (trial.exploits or [{"sample": trial.sample}])[-1]["sample"]
             config = Config.from_dict(json.loads((trial.run / "config.json").read_text()))
-            assert (config.lr, config.weight_decay) == (sample["lr"], sample["weight_decay"])
+            assert (config.optim.lr, config.optim.weight_decay) == (sample["lr"], sample["weight_decay"])
             rates = {row["step"]: row["optim/lr"] for row in trial.rows}
             assert rates[40] == pytest.approx(sample["lr"]), "training went on with it"
         assert not list(tmp_path.glob("sweep/trials/*/exploitable"))

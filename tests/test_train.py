@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
-    assert Config.from_dict(json.loads((finished / "config.json").read_text())).ways == 3
+    assert Config.from_dict(json.loads((finished / "config.json").read_text())).episodes.ways == 3
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if "val/accuracy" in row] == [4, 8, 12]
@@ -228,14 +227,14 @@ class TestUnderRay:
     ) -> None:
         small = config(tiny, tmp_path / "one", lr=1e-6, lr_min=0.0)
         alone = history(fit(small))
-        elastic = replace(small, storage=str(tmp_path / "two"), workers=1, max_workers=2, steps_per_epoch=4)
+        elastic = small.replace(storage=str(tmp_path / "two"), workers=1, max_workers=2, steps_per_epoch=4)
         with listening_workers() as found:
             run = fit(elastic)
         assert len(found) >= 3, "the store of rank 0, and gloo in both"
         assert {address for address, _ in found} == {"127.0.0.1"}
         assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
         assert json.loads((run / "facts.json").read_text())["world_size"] == 2, "as many as there is room for"
-        run = fit(replace(elastic, max_workers=0, epochs=3))
+        run = fit(elastic.replace(max_workers=0, epochs=3))
         rows = history(run)
         assert [row["step"] for row in rows] == list(range(1, 13))
         for ours, theirs in zip(rows, alone, strict=True):
@@ -283,11 +282,11 @@ class TestUnderRay:
         hit: list[float] = []
         thread = threading.Thread(target=_kill_and_stop_workers, args=(run, 25, 45, hit))
         thread.start()
-        fit(replace(long, hang_seconds=10, storage_seconds=1))
+        fit(long.replace(hang_seconds=10, storage_seconds=1))
         thread.join()
         assert len(hit) == 2
         assert [row["step"] for row in read_metrics(run)] == list(range(1, 61))
-        alone = fit(replace(long, storage=str(tmp_path / "alone"), workers=0))
+        alone = fit(long.replace(storage=str(tmp_path / "alone"), workers=0))
         assert history(run) == history(alone)
         assert digests(run) == digests(alone)
 

@@ -55,10 +55,10 @@ def work(worker: Worker, config: Config, weights: Path) -> dict[str, Any]:
     exact = train(worker, config, torch.float64, STEPS)
     if worker.world_size == 1:
         torch.save(exact[1], weights)
-    uneven = train(worker, replace(config, meta_batch=5), torch.float64, UNEVEN_STEPS)
+    uneven = train(worker, config.replace(meta_batch=5), torch.float64, UNEVEN_STEPS)
     float32 = {}
     for scope, steps in SCOPES.items():
-        slow = replace(config, lr=1e-6, lr_min=0.0, model=replace(config.model, norm_scope=scope))
+        slow = config.replace(lr=1e-6, lr_min=0.0, model=replace(config.model, norm_scope=scope))
         float32[scope] = train(worker, slow, torch.float32, steps)
     return {"float64": exact, "uneven": uneven, "float32": float32, "accuracies": accuracies(worker, config, weights)}
 
@@ -67,9 +67,9 @@ def accuracies(worker: Worker, config: Config, weights: Path) -> dict[str, list[
     """Accuracy of every val episode of the trained network, by protocol and method."""
     model = build_model(config, worker)
     model.load_state_dict(torch.load(weights))
-    bank, found = open_bank(config.data, "val", config.cache), {}
+    bank, found = open_bank(config.data.name, "val", config.data.cache), {}
     for protocol, draws in (("standard", 0), ("standard", 3), ("paper", 1)):
-        result = evaluate(model, bank, replace(config, protocol=protocol), "val", EVAL_EPISODES, draws, worker)
+        result = evaluate(model, bank, config.replace(protocol=protocol), "val", EVAL_EPISODES, draws, worker)
         for method, values in result.accuracies.items():
             found[f"{protocol}, {draws} draws, {method}"] = values.tolist()
     return found
@@ -80,7 +80,7 @@ def outcomes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
     """By number of workers, what each of them saw."""
     folder = tmp_path_factory.mktemp("workers")
     small = ModelConfig(filters=8, noise_size=4)
-    config = Config(ways=5, shot=1, query=3, eval_query=5, meta_batch=8, data=str(tiny), model=small)
+    config = Config.of(ways=5, shot=1, query=3, eval_query=5, meta_batch=8, data=str(tiny), model=small)
     found = {}
     for size in WORLD_SIZES:
         results = run_workers(size, folder / str(size), work, config, folder / "trained.pt")

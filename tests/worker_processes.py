@@ -63,14 +63,14 @@ def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any],
 
 def train(worker: Worker, config: Config, dtype: torch.dtype, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     """The steps of lgm_dist.training.loop.train_fn in `dtype`: the meta-batch's loss at each, and the model's state after."""
-    bank = open_bank(config.data, "train", config.cache)
+    bank = open_bank(config.data.name, "train", config.data.cache)
     model = build_model(config, worker).to(dtype).train()
     parallel = data_parallel(model, worker)
     optimizer, losses = make_optimizer(model, config), []
     for step in range(steps):
-        first, count = worker.slice_of(step * config.meta_batch, config.meta_batch)
+        first, count = worker.slice_of(step * config.episodes.meta_batch, config.episodes.meta_batch)
         batch = sample_episodes(bank, config, "train", first, count)
         batch = replace(batch, images=batch.images.to(dtype), noise=batch.noise.to(dtype))
-        weight = count * worker.world_size / config.meta_batch
+        weight = count * worker.world_size / config.episodes.meta_batch
         losses.append(worker.mean(train_step(parallel, optimizer, batch, config, step, weight))[0].item())
     return losses, {name: value.detach().clone() for name, value in model.state_dict().items()}

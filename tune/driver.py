@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
@@ -27,7 +26,7 @@ from spaces import PERTURBED, LogUniform, Space, apply, evaluations_of, images_p
 from trial import EXPLOITABLE, Plan, run_trial
 
 from lgm_dist.cluster.connection import connect, disconnect
-from lgm_dist.config import Config
+from lgm_dist.config import Config, marked
 from lgm_dist.console import RunFailed, leak_note
 from lgm_dist.data import open_bank
 from lgm_dist.report import write_report
@@ -42,7 +41,6 @@ for module in ("spaces", "trial"):
 
 TUNE, BEST, WINNER = "tune", "best.json", "winner.json"
 """In the sweep's folder: Ray Tune's own state; the winner's configuration for scripts/train.py --config; its accuracy."""
-COSTLY = ("ways", "shot", "query", "meta_batch")
 TUNE_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver forgets at most what happened since
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -113,14 +111,14 @@ def _tuner(plan: Plan, spec: dict[str, Any], live: Live, concurrent: int) -> tun
             num_samples=spec["samples"] if spec["search"] == "tpe" else 1,
             # All of a population live at once and take turns; else Tune makes a trial when there is room for it.
             max_concurrent_trials=None if spec["scheduler"] == "pbt" else concurrent,
-            reuse_actors=not base.workers,  # the next trial starts at once in the process of the last
+            reuse_actors=not base.run.workers,  # the next trial starts at once in the process of the last
         ),
         run_config=tune.RunConfig(
             name=TUNE,
             storage_path=plan.folder,
             verbose=0,
             callbacks=[live],
-            failure_config=tune.FailureConfig(max_failures=base.max_failures),
+            failure_config=tune.FailureConfig(max_failures=base.run.max_failures),
         ),
     )
 
@@ -173,22 +171,22 @@ def _resources(base: Config, concurrent: int) -> Any:
     A trial with Ray Train workers takes no CPU itself: Ray Train takes them for the workers, who would wait for ever.
     """
     memory = {"memory": float(int(0.99 * ray.cluster_resources()["memory"] / concurrent))}
-    if base.workers:
+    if base.run.workers:
         return tune.PlacementGroupFactory([memory])
-    return {"CPU": base.cpus_per_worker, **memory, **({"GPU": 1} if device_of(base) == "cuda" else {})}
+    return {"CPU": base.run.cpus_per_worker, **memory, **({"GPU": 1} if device_of(base) == "cuda" else {})}
 
 
 def _concurrent(base: Config, spec: dict[str, Any]) -> int:
     """Trials at a time: only as many as have room, else those that wait for their workers keep each other waiting for ever."""
     have = ray.cluster_resources()
     have_cpus, have_gib = have.get("CPU", 0), have.get("memory", 0) / 2**30
-    largest = apply(base, {path: max(p["values"]) for path, p in spec["params"].items() if path in COSTLY})
-    cpus, gib = base.cpus_per_worker * max(base.workers, 1), trial_gib(largest)
+    largest = apply(base, {path: max(p["values"]) for path, p in spec["params"].items() if path in marked("costly")})
+    cpus, gib = base.run.cpus_per_worker * max(base.run.workers, 1), trial_gib(largest)
     room = min(int(have_cpus // cpus), int(have_gib // gib))
     if room < 1:
         raise ValueError(
             f"a trial needs {cpus} CPUs and {gib:.1f} GiB, the cluster has {have_cpus:g} and {have_gib:.1f}; lower workers "
-            f"({base.workers}), cpus_per_worker ({base.cpus_per_worker}) or meta_batch ({largest.meta_batch})"
+            f"({base.run.workers}), cpus_per_worker ({base.run.cpus_per_worker}) or meta_batch ({largest.episodes.meta_batch})"
         )
     concurrent = min(spec["max_concurrent"] or room, room)
     sys.stderr.write(
@@ -199,7 +197,7 @@ def _concurrent(base: Config, spec: dict[str, Any]) -> int:
 
 def trial_gib(config: Config) -> float:
     """GiB that the workers of a trial take, from above, by peaks of the paper's network at 32 x 32 (see the README)."""
-    return 1.6 * max(config.workers, 1) + images_per_step(config) / 1024 * config.model.filters / 64
+    return 1.6 * max(config.run.workers, 1) + images_per_step(config) / 1024 * config.model.filters / 64
 
 
 def finish(folder: Path) -> None:
@@ -220,7 +218,7 @@ def finish(folder: Path) -> None:
     sys.stdout.write(
         f"winner: trial {winner['trial']}, test accuracy {accuracy} ({target}, {winner['test/episodes']:,} episodes)\n"
     )
-    sys.stdout.write(leak_note(Config.from_dict(plan.base).protocol))
+    sys.stdout.write(leak_note(Config.from_dict(plan.base).episodes.protocol))
     for trial in failed:
         sys.stdout.write(f"trial {trial.number} failed: {trial.error}; --resume tries it again\n")
     for path in (plan.path / BEST, plan.path / WINNER, *written):
@@ -233,8 +231,7 @@ def _crown(plan: Plan, spec: dict[str, Any], trial: Trial) -> dict[str, Any]:
     assert folder
     assert row
     model, config, _ = load_model(folder)  # of its own time: a population's trials change theirs
-    chosen = dataclasses.replace(
-        config,
+    chosen = config.replace(
         name=f"{plan.name}-best",
         storage=plan.base["storage"],
         test_episodes=spec["test_episodes"],
@@ -246,8 +243,8 @@ def _crown(plan: Plan, spec: dict[str, Any], trial: Trial) -> dict[str, Any]:
         known: dict[str, Any] = json.loads((plan.path / WINNER).read_text())
         if known["checkpoint"] == str(folder):
             return known
-    bank = open_bank(config.data, "test", config.cache)
-    score = evaluate(model, bank, chosen.evaluation, "test", chosen.test_episodes).score
+    bank = open_bank(config.data.name, "test", config.data.cache)
+    score = evaluate(model, bank, chosen, "test", chosen.episodes.test_episodes).score
     winner = {
         "trial": trial.number,
         "sample": sample_of(trial),
@@ -256,7 +253,7 @@ def _crown(plan: Plan, spec: dict[str, Any], trial: Trial) -> dict[str, Any]:
         "val/ci95": row["val/ci95"],
         "test/accuracy": score.accuracy,
         "test/ci95": score.ci95,
-        "test/episodes": chosen.test_episodes,
+        "test/episodes": chosen.episodes.test_episodes,
     }
     (plan.path / WINNER).write_text(json.dumps(winner, indent=1) + "\n")
     return winner

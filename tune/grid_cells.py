@@ -29,56 +29,56 @@ CROSS = "cross.json"
 
 def run_of(cell: Config) -> Path:
     """The folder of a cell's run."""
-    return Path(cell.storage) / cell.name
+    return Path(cell.run.storage) / cell.run.name
 
 
 def finished(cell: Config) -> bool:
     """Whether the cell's run has trained to its end and was evaluated."""
     run = run_of(cell)
-    return (run / RESULT).exists() and bool(read_result(run)["train/steps"] == cell.steps)
+    return (run / RESULT).exists() and bool(read_result(run)["train/steps"] == cell.episodes.steps)
 
 
 def check(cells: list[Config]) -> None:
     """Raises ValueError for the first cell that the data cannot give or that was begun otherwise; then claims their folders."""
-    folder = Path(cells[0].storage)
+    folder = Path(cells[0].run.storage)
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds a single run, and a table needs a folder of its own; give another --name")
-    manifest = ensure_manifest(cells[0].data, cells[0].data_root, cells[0].source)
+    manifest = ensure_manifest(cells[0].data.name, cells[0].data.root, cells[0].data.source)
     for cell in cells:
         try:
             open_banks(cell, manifest)
         except ValueError as error:
-            raise ValueError(f"cell {cell.name}: {error}") from None
+            raise ValueError(f"cell {cell.run.name}: {error}") from None
     for cell in cells:
         make_job(cell)
 
 
 def train(cells: list[Config]) -> None:
     """Trains the cells that are not finished. Raises RunFailed, with the cell's name, for the first that fails."""
-    first = cells[0].steps * images_per_step(cells[0])
+    first = cells[0].episodes.steps * images_per_step(cells[0])
     with _one_ray(cells):
         for number, cell in enumerate(cells, 1):
-            sys.stdout.write(f"cell {number} of {len(cells)}: {cell.name}, ")
+            sys.stdout.write(f"cell {number} of {len(cells)}: {cell.run.name}, ")
             if finished(cell):
                 sys.stdout.write("finished before\n")
                 continue
-            cost = cell.steps * images_per_step(cell) / first
-            sys.stdout.write(f"{cell.steps:,} steps, {cost:.2f} times the training images of the first\n")
+            cost = cell.episodes.steps * images_per_step(cell) / first
+            sys.stdout.write(f"{cell.episodes.steps:,} steps, {cost:.2f} times the training images of the first\n")
             sys.stdout.flush()
             try:
-                ray_train.fit(cell, group=Path(cell.storage).name)
+                ray_train.fit(cell, group=Path(cell.run.storage).name)
             except (ValueError, OSError, RunFailed) as error:
-                raise RunFailed(f"cell {cell.name}: {error}") from error
+                raise RunFailed(f"cell {cell.run.name}: {error}") from error
 
 
 @contextmanager
 def _one_ray(cells: list[Config]) -> Iterator[None]:
     """A Ray for all cells, so that its start is paid once; none where all is done or trained in this process."""
     config = cells[0]
-    if not config.workers or all(finished(cell) for cell in cells):
+    if not config.run.workers or all(finished(cell) for cell in cells):
         yield
         return
-    cpus = max(os.cpu_count() or 1, (config.max_workers or config.workers) * threads_of(config))
+    cpus = max(os.cpu_count() or 1, (config.run.max_workers or config.run.workers) * threads_of(config))
     started = ray_cluster.connect(cpus)
     try:
         yield
@@ -89,10 +89,10 @@ def _one_ray(cells: list[Config]) -> Iterator[None]:
 
 def cross_evaluate(cells: list[Config]) -> None:
     """Evaluates the network of each cell on the test episodes of all others, keeping each score in the run's folder."""
-    manifest = ensure_manifest(cells[0].data, cells[0].data_root, cells[0].source)
-    bank = open_bank(manifest, "test", cells[0].cache)
+    manifest = ensure_manifest(cells[0].data.name, cells[0].data.root, cells[0].data.source)
+    bank = open_bank(manifest, "test", cells[0].data.cache)
     for cell in cells:
-        missing = [other for other in cells if other.name not in cross_scores(cell)]
+        missing = [other for other in cells if other.run.name not in cross_scores(cell)]
         if missing:
             _evaluate_on(cell, missing, bank)
 
@@ -102,11 +102,13 @@ def _evaluate_on(cell: Config, others: list[Config], bank: ImageBank) -> None:
     model, trained, state = load_model(best(run_of(cell)))
     model.to(device)
     for other in others:
-        sys.stdout.write(f"{cell.name} on the episodes of {other.name}\n")
+        sys.stdout.write(f"{cell.run.name} on the episodes of {other.run.name}\n")
         sys.stdout.flush()
-        episodes = dataclasses.replace(trained, ways=other.ways, shot=other.shot)
-        found = evaluate(model, bank, episodes, "test", cell.test_episodes, worker=Worker(device=device))
-        scores = _kept(cell, state.step) | {other.name: dataclasses.asdict(found.score) | {"episodes": found.episodes}}
+        episodes = trained.replace(ways=other.episodes.ways, shot=other.episodes.shot)
+        found = evaluate(model, bank, episodes, "test", cell.episodes.test_episodes, worker=Worker(device=device))
+        scores = _kept(cell, state.step) | {
+            other.run.name: dataclasses.asdict(found.score) | {"episodes": found.episodes}
+        }
         beside = run_of(cell) / f".{CROSS}.new"
         beside.write_text(json.dumps({"step": state.step, "scores": scores}, indent=1) + "\n")
         beside.replace(run_of(cell) / CROSS)
@@ -118,7 +120,7 @@ def cross_scores(cell: Config) -> dict[str, dict[str, Any]]:
         return {}
     result = read_result(run_of(cell))
     own = {name: result[f"test/{name}"] for name in ("accuracy", "ci95", "episodes")}
-    return _kept(cell, result["step"]) | {cell.name: own}
+    return _kept(cell, result["step"]) | {cell.run.name: own}
 
 
 def _kept(cell: Config, step: int) -> dict[str, dict[str, Any]]:

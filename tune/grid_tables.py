@@ -36,8 +36,8 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 
 def report(cells: list[Config], cross: bool, command: str) -> None:
     """Prints the table of the finished cells and writes table.md, .csv, .tex and .json beside their runs; cross.csv too."""
-    cells = sorted(cells, key=lambda cell: (cell.ways, cell.shot))
-    folder, rows = Path(cells[0].storage), [row_of(cell) for cell in cells]
+    cells = sorted(cells, key=lambda cell: (cell.episodes.ways, cell.episodes.shot))
+    folder, rows = Path(cells[0].run.storage), [row_of(cell) for cell in cells]
     caption, origin = caption_of(cells, command)
     tables: list[Table] = [(HEADER, [texts(row) for row in rows])]
     values = {"caption": caption, "origin": origin, "cells": rows}
@@ -56,22 +56,29 @@ def report(cells: list[Config], cross: bool, command: str) -> None:
 
 def row_of(cell: Config) -> dict[str, Any]:
     """What is known of a cell: result.json's figures (accuracies in 0 to 1) once it is finished."""
-    row: dict[str, Any] = {"cell": cell.name, "protocol": cell.protocol, "ways": cell.ways, "shot": cell.shot}
-    row |= {"chance": 1 / cell.ways, "leaks_label": cell.protocol == "paper"}
+    row: dict[str, Any] = {
+        "cell": cell.run.name,
+        "protocol": cell.episodes.protocol,
+        "ways": cell.episodes.ways,
+        "shot": cell.episodes.shot,
+    }
+    row |= {"chance": 1 / cell.episodes.ways, "leaks_label": cell.episodes.protocol == "paper"}
     if finished(cell):
-        row |= read_result(run_of(cell)) | {"train/images": cell.steps * images_per_step(cell)}
+        row |= read_result(run_of(cell)) | {"train/images": cell.episodes.steps * images_per_step(cell)}
     return row
 
 
 def caption_of(cells: list[Config], command: str) -> tuple[str, str]:
     """How the figures were measured and what they cannot be compared with; by which command, code and machine."""
-    tested = f"{cells[0].test_episodes:,} test" if cells[0].test_episodes else "no test"
-    mean = f"Mean and 95 % interval over {tested} and {cells[0].eval_episodes:,} val episodes; checkpoint best on val."
+    tested = f"{cells[0].episodes.test_episodes:,} test" if cells[0].episodes.test_episodes else "no test"
+    mean = f"Mean and 95 % interval over {tested} and {cells[0].episodes.eval_episodes:,} val episodes; checkpoint best on val."
     facts = [json.loads((run_of(cell) / FACTS).read_text()) for cell in cells if finished(cell)]
     where = {f"commit {fact['commit'] or 'unknown'}, {fact['device']} ({fact['machine']})" for fact in facts}
     origin = " ".join(f"`{command}`: {'; '.join(sorted(where)) or 'no cell is finished'}".split())
-    memory = "" if cells[0].workers else "Memory is the most that this process had so far, with earlier cells."
-    return " ".join(note for note in (mean, memory, *leak_note(cells[0].protocol).splitlines()) if note), origin
+    memory = "" if cells[0].run.workers else "Memory is the most that this process had so far, with earlier cells."
+    return " ".join(
+        note for note in (mean, memory, *leak_note(cells[0].episodes.protocol).splitlines()) if note
+    ), origin
 
 
 def cross_table(cells: list[Config]) -> Table:
@@ -79,16 +86,21 @@ def cross_table(cells: list[Config]) -> Table:
     rows: list[Sequence[str]] = []
     for cell in cells:
         scores = cross_scores(cell)
-        found = (scores.get(other.name) for other in cells)
-        rows.append([_named(cell.ways, cell.shot), *(_score(**score) if score else MISSING for score in found)])
-    rows.append(["chance", *(_chance(cell.ways) for cell in cells)])
-    return ["trained on / evaluated on", *(_named(cell.ways, cell.shot) for cell in cells)], rows
+        found = (scores.get(other.run.name) for other in cells)
+        rows.append(
+            [
+                _named(cell.episodes.ways, cell.episodes.shot),
+                *(_score(**score) if score else MISSING for score in found),
+            ]
+        )
+    rows.append(["chance", *(_chance(cell.episodes.ways) for cell in cells)])
+    return ["trained on / evaluated on", *(_named(cell.episodes.ways, cell.episodes.shot) for cell in cells)], rows
 
 
 def cross_rows(cells: list[Config]) -> Rows:
     """The same as one row for each pair of cells that was evaluated."""
-    pairs = [(cell, other.name) for cell in cells for other in cells]
-    found = {(cell.name, other): cross_scores(cell).get(other) for cell, other in pairs}
+    pairs = [(cell, other.run.name) for cell in cells for other in cells]
+    found = {(cell.run.name, other): cross_scores(cell).get(other) for cell, other in pairs}
     return [{"trained_on": cell, "evaluated_on": other, **score} for (cell, other), score in found.items() if score]
 
 

@@ -100,7 +100,7 @@ class Live(tune.Callback):
 
 def status_of_trial(trial: Trial) -> str:
     """finished, or stopped before its last step."""
-    return "finished" if trial.rows and trial.rows[-1]["step"] >= read_config(trial.run).steps else "stopped"
+    return "finished" if trial.rows and trial.rows[-1]["step"] >= read_config(trial.run).episodes.steps else "stopped"
 
 
 def _last_line(error: str) -> str:

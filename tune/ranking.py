@@ -168,4 +168,4 @@ def short(value: Any) -> str:
 
 def leak(sweep: Sweep) -> str:
     """What is to be said next to every accuracy of the sweep."""
-    return " (LEAKS the label)" if sweep.spec["base"]["protocol"] == "paper" else ""
+    return " (LEAKS the label)" if sweep.base.episodes.protocol == "paper" else ""

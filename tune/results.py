@@ -46,7 +46,7 @@ def _csv_row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "status": trial.status,
-        "protocol": sweep.spec["base"]["protocol"] + leak(sweep),
+        "protocol": sweep.base.episodes.protocol + leak(sweep),
         **{path: sample_of(trial).get(path) for path in sweep.spec["params"]},
         "val_accuracy": _percent(best.get("val/accuracy")),
         "val_ci95": _percent(best.get("val/ci95")),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lgm_dist.config import Config, ModelConfig
+from lgm_dist.config import SETTINGS, Config
 
 When = Mapping[str, tuple[Any, ...]]
 """Path of another parameter, which stands before -> its values under which this one means anything."""
@@ -75,25 +75,6 @@ SPACES: dict[str, Space] = {
     "full": {**WAYS_SHOTS, **OPTIM, **NORMALIZATION},
 }
 
-OWNED = {
-    **dict.fromkeys(
-        ("eval_ways", "eval_shot"), "give --target-ways and --target-shot; all trials share the target episodes"
-    ),
-    **dict.fromkeys(
-        ("eval_query", "eval_episodes", "eval_seed", "protocol", "data"), "all trials share the target episodes"
-    ),
-    **dict.fromkeys(("test_episodes",), "the winner alone touches test"),
-    **dict.fromkeys(
-        ("workers", "max_workers", "cpus_per_worker", "device"), "the sweep shares the machine out among trials"
-    ),
-    **dict.fromkeys(("epochs", "steps_per_epoch", "eval_every"), "all trials see equally many images; see --epochs"),
-    **dict.fromkeys(
-        ("name", "storage", "data_root", "source", "cache", "wandb", "max_failures"), "it is the sweep's own"
-    ),
-    "model.channels": "it is the data's",
-}
-"""Fields that cannot be searched over, and why."""
-
 
 def load_space(name: str) -> Space:
     """A named space, or SPACE of a Python file. Raises ValueError for neither."""
@@ -118,8 +99,7 @@ def load_space(name: str) -> Space:
 
 def check_space(space: Space, base: Config) -> None:
     """Raises ValueError for a path that Config lacks or a sweep owns, a value that Config refuses, a wrong condition."""
-    known = [f.name for f in dataclasses.fields(Config) if f.name != "model"]
-    known += [f"model.{f.name}" for f in dataclasses.fields(ModelConfig)]
+    known = list(SETTINGS)
     seen: dict[str, Param] = {}
     for path, param in space.items():
         if path not in known:
@@ -127,8 +107,8 @@ def check_space(space: Space, base: Config) -> None:
             raise ValueError(
                 f"space key {path!r} is no config path; {f'did you mean {near[0]}?' if near else f'use one of {known}'}"
             )
-        if path in OWNED:
-            raise ValueError(f"space key {path!r} cannot be searched over: {OWNED[path]}")
+        if reason := SETTINGS[path].field.metadata["not_searched"]:
+            raise ValueError(f"space key {path!r} cannot be searched over: {reason}")
         for value in _extremes(path, param):
             try:
                 apply(base, _conditions(space, path) | {path: value})
@@ -226,36 +206,27 @@ def random_samples(space: Space, count: int, seed: int) -> list[Sample]:
 
 def apply(base: Config, sample: Sample) -> Config:
     """`base` with the sample's values. Raises ValueError for those that Config refuses."""
-    values = base.to_dict()
-    for path, value in sample.items():
-        *groups, name = path.split(".")
-        target = values[groups[0]] if groups else values
-        target[name] = value
-    return Config.from_dict(values)
+    return Config.from_dict(base.flat() | sample)
 
 
 def images_per_step(config: Config) -> int:
     """Training images that go through the network in one step, over all workers."""
-    per_episode = (
-        config.ways * config.shot + 1 if config.protocol == "paper" else config.ways * (config.shot + config.query)
-    )
-    return config.meta_batch * per_episode
+    ways, shot, _, queries = config.episode("train")
+    return config.episodes.meta_batch * (ways * shot + queries)
 
 
 def evaluations_of(config: Config) -> int:
     """How often a run is evaluated while it trains."""
-    return max(config.steps // config.eval_every, 1)
+    return max(config.episodes.steps // config.episodes.eval_every, 1)
 
 
 def budgeted(base: Config, config: Config) -> Config:
     """`config` with its steps scaled to the images of `base`, in as many evaluations; so both cost about the same time."""
     evaluations = evaluations_of(base)
     ratio = images_per_step(base) / images_per_step(config)
-    every = max(round(base.steps / evaluations * ratio), 1)
-    decay = max(round(config.lr_decay_steps * ratio), 1)
-    return dataclasses.replace(
-        config, epochs=1, steps_per_epoch=every * evaluations, eval_every=every, lr_decay_steps=decay
-    )
+    every = max(round(base.episodes.steps / evaluations * ratio), 1)
+    decay = max(round(config.optim.lr_decay_steps * ratio), 1)
+    return config.replace(epochs=1, steps_per_epoch=every * evaluations, eval_every=every, lr_decay_steps=decay)
 
 
 def describe(space: Space) -> dict[str, dict[str, Any]]:

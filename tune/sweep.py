@@ -52,16 +52,14 @@ class SweepFlags(Flags):
     """Shots of those episodes."""
     max_concurrent: int = 0
     """Trials at a time (0: as many as cores and memory allow)."""
-    workers: int = 0
-    """Ray Train workers of a trial; 0 trains in the trial's own process, which starts fastest."""
     resume: bool = False
     """Goes on with the sweep of this --name and --storage; all else is read from its sweep.json."""
 
 
 def main(argv: list[str]) -> None:
     """Parses, searches, evaluates the winner on test, prints and writes the results."""
-    config, flags = parse(SweepFlags, argv)
-    folder = Path(config.storage).absolute() / (config.name or f"sweep-{Path(flags.space).stem}")
+    config, flags = parse(SweepFlags, argv, Config.of(workers=0))
+    folder = Path(config.run.storage).absolute() / (config.run.name or f"sweep-{Path(flags.space).stem}")
     if not flags.resume:
         _begin(folder, config, flags, argv)
     from lgm_dist.cluster.connection import prepare_for_ray  # after parsing: --help and a mistyped flag need no torch
@@ -83,23 +81,24 @@ def _begin(folder: Path, config: Config, flags: SweepFlags, argv: list[str]) -> 
             f"sweep {folder.name!r} exists in {folder.parent}; go on with it by --resume, or give another --name"
         )
     base = _base(config, flags)
-    space = without_worker_scope(load_space(flags.space), base.workers)
+    space = without_worker_scope(load_space(flags.space), base.run.workers)
     check_space(space, base)
     if flags.scheduler == "pbt":
         space = _for_pbt(space)
-    samples = _samples(space, flags)
+    samples = _samples(space, flags, config.run.seed)
     for sample in samples:
         apply(base, sample)  # what a combination of values makes impossible
     _check_images(base, space)
     spec: dict[str, Any] = {
-        **{name: getattr(flags, name) for name in ("space", "search", "scheduler", "seed", "max_concurrent")},
+        **{name: getattr(flags, name) for name in ("space", "search", "scheduler", "max_concurrent")},
+        "seed": config.run.seed,
         "name": folder.name,
         "samples": flags.samples if flags.search == "tpe" else len(samples),
         "target": {"ways": flags.target_ways, "shot": flags.target_shot},
         "params": describe(space),
         "drawn": samples,
         "base": base.to_dict(),
-        "test_episodes": config.test_episodes,
+        "test_episodes": config.episodes.test_episodes,
         "command": shlex.join(["tune/sweep.py", *argv]),
         "commit": commit(),
     }
@@ -109,9 +108,9 @@ def _begin(folder: Path, config: Config, flags: SweepFlags, argv: list[str]) -> 
 
 def _base(config: Config, flags: SweepFlags) -> Config:
     """The configuration that all trials start from: the target's episodes, absolute places, the test split left alone."""
-    if config.max_workers:
+    if config.run.max_workers:
         raise ValueError(
-            f"workers ({config.workers}:{config.max_workers}) of a trial must be one number; they are not elastic"
+            f"workers ({config.run.workers}:{config.run.max_workers}) of a trial must be one number; they are not elastic"
         )
     if flags.samples < 1 or flags.max_concurrent < 0:
         raise ValueError(
@@ -120,18 +119,17 @@ def _base(config: Config, flags: SweepFlags) -> Config:
     from lgm_dist.data.prepare import ensure_manifest
     from lgm_dist.runs.job import open_banks
 
-    manifest = ensure_manifest(config.data, config.data_root, config.source)
-    base = dataclasses.replace(
-        config,
+    manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
+    base = config.replace(
         data=manifest if "://" in manifest else str(Path(manifest).absolute()),
-        cache=str(Path(config.cache).absolute()) if config.cache else "",
-        storage=str(Path(config.storage).absolute()),
+        cache=str(Path(config.data.cache).absolute()) if config.data.cache else "",
+        storage=str(Path(config.run.storage).absolute()),
         eval_ways=flags.target_ways,
         eval_shot=flags.target_shot,
-        cpus_per_worker=config.cpus_per_worker or 1,
+        cpus_per_worker=config.run.cpus_per_worker or 1,
     )
-    open_banks(base, base.data)  # refuses targets that a split cannot give
-    return dataclasses.replace(base, test_episodes=0)
+    open_banks(base, base.data.name)  # refuses targets that a split cannot give
+    return base.replace(test_episodes=0)
 
 
 def _for_pbt(space: Space) -> Space:
@@ -148,11 +146,11 @@ def _for_pbt(space: Space) -> Space:
     return perturbed | space
 
 
-def _samples(space: Space, flags: SweepFlags) -> list[Sample]:
+def _samples(space: Space, flags: SweepFlags, seed: int) -> list[Sample]:
     if flags.search == "grid":
         return grid(space)
     if flags.search == "random":
-        return random_samples(space, flags.samples, flags.seed)
+        return random_samples(space, flags.samples, seed)
     if flags.scheduler == "pbt":
         raise ValueError("search (tpe) cannot be used with pbt, which draws by itself; use --search random")
     return []
@@ -162,7 +160,7 @@ def _check_images(base: Config, space: Space) -> None:
     """Refuses ways or shots of the space for which the train split is too small."""
     from lgm_dist.data import check_episodes, open_bank
 
-    bank = open_bank(base.data, "train", base.cache)
+    bank = open_bank(base.data.name, "train", base.data.cache)
     for path in ("ways", "shot", "query"):
         param = space.get(path)
         for value in param.values if isinstance(param, Choice) else ():

@@ -67,7 +67,7 @@ class Plan:
         config = apply(base, sample)
         config = config if self.scheduler == "pbt" else budgeted(base, config)
         run = self.run_of(number)
-        return dataclasses.replace(config, name=run.name, storage=str(run.parent))
+        return config.replace(name=run.name, storage=str(run.parent))
 
 
 def identify(trial_id: str, config: dict[str, Any]) -> tuple[int, Sample]:
@@ -88,7 +88,7 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
         settings, pointer = plan.config_of(number, sample), _pointer()
         trial = _take_up(run, number, sample, plan)
         if pointer and plan.scheduler == "pbt":
-            if pointer["step"] >= settings.steps:  # a last exchange, after which nothing is trained
+            if pointer["step"] >= settings.episodes.steps:  # a last exchange, after which nothing is trained
                 write_trial(dataclasses.replace(trial, status="finished"))
                 return
             trial = _go_to(trial, pointer, sample)
@@ -96,7 +96,7 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
         job, report = make_job(settings), _Reporter(run, settings, plan)
         for row in _evaluations(run):  # those of an earlier start that Tune does not remember
             report(row["step"], row, known=bool(pointer) and row["step"] <= pointer["step"])
-        if settings.workers:
+        if settings.run.workers:
             _train_and_follow(job, report)
         else:
             train(job, report)
@@ -160,7 +160,7 @@ class _Reporter:
     """Tells Ray Tune of evaluations, with a pointer to the checkpoint of each."""
 
     def __init__(self, run: Path, config: Config, plan: Plan) -> None:
-        self._run, self._every, self._plan = run, config.eval_every, plan
+        self._run, self._every, self._plan = run, config.episodes.eval_every, plan
         self._best = -1.0
         self.step = 0
         """Of the newest that was reported."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ WAYS: dict[str, tuple[str, bool]] = {
     for precision in ("float32", "tf32", "bf16")
 }
 """The precision, and whether a step is a CUDA graph, as in training with one worker."""
-PAPERS_STEPS = Config().steps
+PAPERS_STEPS = Config().episodes.steps
 STEPS = 50
 
 
@@ -41,7 +40,7 @@ def gpu(
 
     A way that this machine or this version of torch cannot go has the reason in its row.
     """
-    config = Config(meta_batch=meta_batch)
+    config = Config.of(meta_batch=meta_batch)
     contenders: dict[str, Callable[[], float]] = {}
     failed: dict[str, str] = {}
     for way in ways:
@@ -68,7 +67,7 @@ def gpu(
 def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Steps:
     """Steps of a network with weights of its own."""
     precision, graph = WAYS[way]
-    config = replace(config, precision=precision)  # type: ignore[arg-type]
+    config = config.replace(precision=precision)
     torch.manual_seed(0)
     model = LGMNet(config.model).train().to(device)
     sampler = DeviceSampler(bank, config, device)

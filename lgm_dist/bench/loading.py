@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -21,7 +20,7 @@ from lgm_dist.training.engine import evaluate
 from lgm_dist.training.memory import keep_freed_memory
 
 EPISODES = 64
-CONFIG = Config(ways=5, shot=1, query=15, augment=False)
+CONFIG = Config.of(ways=5, shot=1, query=15, augment=False)
 HEADER = ("episodes ready for the model", "episodes/s", "to plain numpy")
 
 
@@ -40,7 +39,7 @@ def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] 
         "lgm_dist, normalised float32": lambda: sample_episodes(bank, CONFIG, "train", next(position), EPISODES),
         "plain numpy, normalised float32": lambda: plainly(bank, True),
         "lgm_dist, augmented, normalised": lambda: sample_episodes(
-            bank, replace(CONFIG, augment=True), "train", next(position), EPISODES
+            bank, CONFIG.replace(augment=True), "train", next(position), EPISODES
         ),
     } | {f"{name}, normalised float32": work for name, work in peers.items()}
     found = in_turn({name: _timed(work) for name, work in contenders.items()}, rounds, warmup=3)
@@ -73,7 +72,7 @@ def _easyfsl(bank: ImageBank) -> Callable[[], object]:
     everything = load_images(bank, CONFIG, np.arange(len(bank.images))).contiguous()  # (n, C, H, W)
     dataset = FeaturesDataset(labels.tolist(), everything, list(bank.classes))
     with mock.patch.object(Sampler, "__init__", return_value=None):  # it hands on an argument that torch has dropped
-        sampler = TaskSampler(dataset, CONFIG.ways, CONFIG.shot, CONFIG.query, EPISODES)
+        sampler = TaskSampler(dataset, CONFIG.episodes.ways, CONFIG.episodes.shot, CONFIG.episodes.query, EPISODES)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
     return lambda: list(loader)
 
@@ -100,9 +99,10 @@ def plainly(bank: ImageBank, normalise: bool) -> np.ndarray:
     mean, std = np.array(bank.mean, np.float32), np.array(bank.std, np.float32)
     found = []
     for _ in range(EPISODES):
-        classes = random.choice(len(bank.classes), CONFIG.ways, replace=False)
+        classes = random.choice(len(bank.classes), CONFIG.episodes.ways, replace=False)
         rows = [
-            bank.offsets[c] + random.choice(int(bank.counts[c]), CONFIG.shot + CONFIG.query, replace=False)
+            bank.offsets[c]
+            + random.choice(int(bank.counts[c]), CONFIG.episodes.shot + CONFIG.episodes.query, replace=False)
             for c in classes
         ]
         episode = images[np.concatenate(rows)]  # (80, H, W, C)
@@ -115,7 +115,7 @@ def evaluation(bank: ImageBank, rounds: int, episodes: int = 2000, threads: int 
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.manual_seed(0)
-    model, config = LGMNet().eval(), Config(ways=5, shot=1, eval_query=15)
+    model, config = LGMNet().eval(), Config.of(ways=5, shot=1, eval_query=15)
 
     def with_draws(draws: int) -> Callable[[], float]:
         return _timed(lambda: evaluate(model, bank, config, bank.split, episodes, draws))

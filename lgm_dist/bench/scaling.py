@@ -126,7 +126,7 @@ def _worker(store: str, world_size: int, rank: int, *words: str) -> dict[str, fl
     """Seconds of a step of this worker, and what it tells the others in one: collectives and bytes of the normalisation."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    config, batch = Config(meta_batch=META_BATCH), batch_of(Steps("ours", meta_batch=META_BATCH // world_size))
+    config, batch = Config.of(meta_batch=META_BATCH), batch_of(Steps("ours", meta_batch=META_BATCH // world_size))
     model = build_model(config, Worker())
     told: list[int] = []
     together = world_size > 1 and "apart" not in words

@@ -63,9 +63,9 @@ def stepper(steps: Steps) -> Callable[[], float]:
     if steps.kind != "plain":
         keep_freed_memory()
     torch.manual_seed(0)
-    config, batch = Config(ways=steps.ways, shot=steps.shot, meta_batch=steps.meta_batch), batch_of(steps)
+    config, batch = Config.of(ways=steps.ways, shot=steps.shot, meta_batch=steps.meta_batch), batch_of(steps)
     if steps.kind == "ours-bf16":
-        config = replace(config, precision="bf16")
+        config = config.replace(precision="bf16")
     model = LGMNet().train()
     optimizer = make_optimizer(model, config)
     if steps.kind in ("ours", "ours-bf16"):

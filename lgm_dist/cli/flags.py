@@ -1,4 +1,4 @@
-"""A command line that sets every field of Config: presets, a file, single flags. The only tyro import of the package."""
+"""A command line with a flag for every setting of Config: presets, a file, single flags."""
 
 from __future__ import annotations
 
@@ -9,14 +9,32 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import OmitArgPrefixes, arg
 
-from lgm_dist.config import PRESETS, Config
+from lgm_dist.config import GROUPS, PRESETS, SETTINGS, Config
+from lgm_dist.settings import DataConfig, EpisodesConfig, ModelConfig, OptimConfig, RunConfig
+
+
+class _Unchecked:
+    """Config checks the values after parsing. Inside tyro the message would be wrapped in a box."""
+
+    def __post_init__(self) -> None:
+        """No checks."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(Config):
-    """Every field of Config as a flag; scripts add their own in a subclass."""
+class DataFlags(_Unchecked, DataConfig):
+    """The data set and where it lies."""
+
+    name: Annotated[str, arg(name="data")] = "fc100"
+    """Data set: a name (fc100, glyphs, or one that was prepared under data_root), or the path or URL of a manifest."""
+    root: Annotated[str, arg(name="data-root")] = "data"
+    """Folder of the prepared data sets. A built-in data set that is missing is prepared there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodesFlags(_Unchecked, EpisodesConfig):
+    """The episodes, how many of them, and how they are evaluated."""
 
     ways: Annotated[int, arg(aliases=["-w"])] = 5
     """Classes of an episode."""
@@ -24,41 +42,84 @@ class Flags(Config):
     """Support images of each class."""
     epochs: Annotated[int, arg(aliases=["-e"])] = 120
     """Epochs of steps_per_epoch steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlags(_Unchecked, ModelConfig):
+    """The network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimFlags(_Unchecked, OptimConfig):
+    """The optimizer and its arithmetic."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags(_Unchecked, RunConfig):
+    """Where the run trains, what it is called, and when it gives up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Every setting of Config as a flag. Commands add flags of their own in a subclass."""
+
+    data: OmitArgPrefixes[DataFlags] = DataFlags()
+    episodes: OmitArgPrefixes[EpisodesFlags] = EpisodesFlags()
+    model: ModelFlags = ModelFlags()
+    optim: OmitArgPrefixes[OptimFlags] = OptimFlags()
+    run: OmitArgPrefixes[RunFlags] = RunFlags()
     preset: str = "paper"
-    """Starting point that the other flags override: paper (the authors' settings) or demo (glyphs, 3 minutes on 2 cores)."""
+    """Starting point that the other flags override: paper (the authors' settings) or demo (glyphs, 2 minutes on 2 cores)."""
     config: str = ""
     """Starting point instead of a preset: a JSON file such as a run's config.json or a sweep's best.json."""
 
-    def __post_init__(self) -> None:
-        """Nothing yet: Config checks the values outside of tyro, which would wrap the sentence in a box."""
 
-
+FLAGS = {"data": DataFlags, "episodes": EpisodesFlags, "model": ModelFlags, "optim": OptimFlags, "run": RunFlags}
 F = TypeVar("F", bound=Flags)
 
 
-def parse(cls: type[F], argv: list[str]) -> tuple[Config, F]:
-    """The configuration that a command line asks for, and all flags. tyro ends the program with status 2 for an unknown flag.
+def parse(cls: type[F], argv: list[str], base: Config | None = None) -> tuple[Config, F]:
+    """The configuration that a command line asks for, and all flags.
 
-    Raises ValueError for a wrong value.
+    Args:
+        cls: Flags of the command.
+        argv: The arguments.
+        base: Defaults of this command, if they differ from Config's; a preset or file that sets a value overrides them.
+
+    Raises ValueError for a wrong value. tyro ends the program with status 2 for an unknown flag.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="paper")
     first.add_argument("--config", default="")
     start = first.parse_known_args(argv)[0]
-    base = _read(start.config) if start.config else _preset(start.preset)
-    default = cls(**_defaults(cls, base), preset=start.preset, config=start.config)
-    flags = tyro.cli(cls, default=default, args=_split_workers(argv))
-    return Config(**_fields(flags)), flags
+    chosen = _read(start.config) if start.config else _preset(start.preset)
+    groups = {name: _as_flags(name, getattr(_with_defaults(chosen, base or Config()), name)) for name in GROUPS}
+    default = cls(**groups, preset=start.preset, config=start.config)
+    flags = tyro.cli(cls, default=default, args=_split_workers(argv), description=_description(cls))
+    return Config(**{name: _as_config(name, getattr(flags, name)) for name in GROUPS}), flags
 
 
-def _defaults(cls: type[Flags], base: Config) -> dict[str, Any]:
-    """The base's values; where it has Config's default, that of `cls`, which may be another."""
-    ours = {field.name: field.default for field in dataclasses.fields(cls)}
-    theirs = {field.name: field.default for field in dataclasses.fields(Config)}
-    differ = {name for name in theirs if ours[name] != theirs[name]}
-    return {
-        name: ours[name] if name in differ and value == theirs[name] else value for name, value in _fields(base).items()
-    }
+def _with_defaults(chosen: Config, base: Config) -> Config:
+    """`chosen` with the values of `base` for the settings that `chosen` leaves at Config's default."""
+    theirs, ours = chosen.flat(), base.flat()
+    return chosen.replace(
+        **{name: ours[name] for name, place in SETTINGS.items() if theirs[name] == place.field.default != ours[name]}
+    )
+
+
+def _as_flags(group: str, values: Any) -> Any:
+    return FLAGS[group](**{field.name: getattr(values, field.name) for field in dataclasses.fields(values)})
+
+
+def _as_config(group: str, flags: Any) -> Any:
+    cls = GROUPS[group]
+    return cls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(cls)})
+
+
+def _description(cls: type[Flags]) -> str:
+    """What the command does, and the options that a newcomer needs first."""
+    names = [f"--{name.replace('_', '-')}" for name, place in SETTINGS.items() if place.field.metadata["basic"]]
+    return f"{cls.__doc__}\n\nLook at these first: --preset, {', '.join(names)}."
 
 
 def _preset(name: str) -> Config:
@@ -68,19 +129,18 @@ def _preset(name: str) -> Config:
 
 
 def _read(path: str) -> Config:
+    fix = "name a JSON file such as a run's config.json"
     try:
         values = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"config ({path}) cannot be read ({error}); name a JSON file such as a run's config.json"
-        ) from None
+        raise ValueError(f"config ({path}) cannot be read ({error}); {fix}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"config ({path}) holds no configuration; name a JSON file such as a run's config.json")
+        raise ValueError(f"config ({path}) holds no configuration; {fix}")
     return Config.from_dict(values)
 
 
 def _split_workers(argv: list[str]) -> list[str]:
-    """--workers MIN:MAX -> --workers MIN --max-workers MAX."""
+    """Replace --workers MIN:MAX by --workers MIN --max-workers MAX."""
     out: list[str] = []
     for word in argv:
         previous = out[-1] if out else ""
@@ -94,7 +154,3 @@ def _split_workers(argv: list[str]) -> list[str]:
         else:
             out += [f"--workers={low}", "--max-workers", high]
     return out
-
-
-def _fields(config: Config) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}

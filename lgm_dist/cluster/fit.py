@@ -58,7 +58,7 @@ def train(job: Job, report: Report | None = None) -> None:
     for name in (STOP, RESULT):  # of an earlier start, which may have had fewer epochs to do
         (Path(job.run) / name).unlink(missing_ok=True)
     with stop_on_signals(Path(job.run)) as listen:
-        if config.workers:
+        if config.run.workers:
             _train_with_ray(job, config, listen)
         else:
             keep_freed_memory()
@@ -82,9 +82,9 @@ def picture(job: Job) -> None:
 def _train_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> None:
     """Trains in a Ray of our own or a cluster's; once more, and in a new Ray of our own, where all but the workers failed."""
     # Ray Train's own limit is for workers that do not even answer it, such as stopped ones; 0 would be none at all
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_seconds or _FOR_EVER)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.run.hang_seconds or _FOR_EVER)
     what = ""
-    for attempt in range(config.max_failures + 1):
+    for attempt in range(config.run.max_failures + 1):
         if attempt:
             tell(f"{what}; training starts again from the last checkpoint")
         what = _fit_with_ray(job, config, listen)
@@ -99,7 +99,7 @@ def _fit_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> str:
     import ray
     from ray.train import ControllerError, WorkerGroupError
 
-    cpus, started = max(os.cpu_count() or 1, (config.max_workers or config.workers) * job.threads), True
+    cpus, started = max(os.cpu_count() or 1, (config.run.max_workers or config.run.workers) * job.threads), True
     try:
         started = connect(cpus, dashboard=False)
         listen()  # Ray has set handlers of its own by now
@@ -132,7 +132,7 @@ def _sign_of_life(run: Path) -> object:
 def _patience(config: Config) -> float:
     """Most seconds between two signs of life of a run whose hung workers are replaced: a step and an evaluation are given
     hang_seconds each, and so is a worker that has been stopped before Ray Train misses it."""
-    return 3 * config.hang_seconds + 60 if config.hang_seconds else 0
+    return 3 * config.run.hang_seconds + 60 if config.run.hang_seconds else 0
 
 
 def _trainer(job: Job, config: Config, alone: bool, watch: Callable[[], None]) -> Any:
@@ -151,7 +151,7 @@ def _trainer(job: Job, config: Config, alone: bool, watch: Callable[[], None]) -
     # Ray Train reads it at a start, and fails where a checkpoint that it lists is no longer kept; `restore` needs it not.
     # A storage that is away is waited for here: in its place, Ray Train would make the run's folder anew.
     listed = Path(job.run) / "checkpoints" / "checkpoint_manager_snapshot.json"
-    persist(Path(job.run), config.storage_seconds, listed.unlink, missing_ok=True)
+    persist(Path(job.run), config.run.storage_seconds, listed.unlink, missing_ok=True)
     gpu = device_of(config) == "cuda"
     return Trainer(
         _ray_worker,
@@ -159,16 +159,16 @@ def _trainer(job: Job, config: Config, alone: bool, watch: Callable[[], None]) -
         watch=watch,
         train_loop_config=dataclasses.asdict(job),
         scaling_config=ScalingConfig(
-            num_workers=(config.workers, config.max_workers) if config.max_workers else config.workers,  # type: ignore[arg-type]
+            num_workers=(config.run.workers, config.run.max_workers) if config.run.max_workers else config.run.workers,  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker={"CPU": job.threads, **({"GPU": 1} if gpu else {})},
         ),
         # for a worker to meet the others, too, for which it has to load torch
-        torch_config=OwnAddress("nccl" if gpu else "gloo", timeout_s=max(60, config.hang_seconds or _FOR_EVER)),
+        torch_config=OwnAddress("nccl" if gpu else "gloo", timeout_s=max(60, config.run.hang_seconds or _FOR_EVER)),
         run_config=RunConfig(  # type: ignore[call-arg]  # Ray's annotations show the old class, without logging_config
             name="checkpoints",  # Ray Train's own files lie beside the checkpoints that it is told of
             storage_path=job.run,
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            failure_config=FailureConfig(max_failures=config.run.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[Failures()],  # type: ignore[list-item]  # as above
             worker_runtime_env={"env_vars": ONE_ARENA},

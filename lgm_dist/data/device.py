@@ -49,12 +49,12 @@ class DeviceSampler:
     def __init__(self, bank: ImageBank, config: Config, device: torch.device | str) -> None:
         check_episodes(config, bank.split, bank.name, bank.counts.tolist(), bank.classes)
         self.config, self.split, self.device = config, bank.split, torch.device(device)
-        pixels = _rotated(bank) if config.protocol == "paper" else torch.from_numpy(np.array(bank.images))
+        pixels = _rotated(bank) if config.episodes.protocol == "paper" else torch.from_numpy(np.array(bank.images))
         self.images = pixels.to(self.device)  # (n, H, W, C)
         self.offsets = torch.from_numpy(bank.offsets).to(self.device)  # (classes + 1,)
         self.mean, self.std = (torch.tensor(s, device=self.device) for s in statistics(bank, config))  # (C,)
-        self.query = config.query if bank.split == "train" else config.eval_query
-        self.shifted = config.protocol == "standard" and config.augment and bank.split == "train"
+        self.shape = config.episode(bank.split)
+        self.shifted = config.episodes.protocol == "standard" and config.episodes.augment and bank.split == "train"
 
     def __call__(self, start: int, count: int) -> EpisodeBatch:
         """Episodes start … start + count - 1 of the stream."""
@@ -62,7 +62,7 @@ class DeviceSampler:
 
     def draw(self, episodes: Tensor) -> Drawn:
         """Draws the episodes of these numbers (B,), int64. Takes as long for many as for few: hundreds of small kernels."""
-        rows, labels = self._paper(episodes) if self.config.protocol == "paper" else self._standard(episodes)
+        rows, labels = self._paper(episodes) if self.config.episodes.protocol == "paper" else self._standard(episodes)
         return Drawn(rows, labels, self._noise(episodes), *self._places(episodes, rows.shape[1]))
 
     def make(self, drawn: Drawn) -> EpisodeBatch:
@@ -73,11 +73,11 @@ class DeviceSampler:
         else:
             pixels = self.images[rows]  # (B, S+T, H, W, C)
         images = ((pixels - self.mean) / self.std).permute(0, 1, 4, 2, 3)  # (B, S+T, C, H, W)
-        return EpisodeBatch(images, drawn.labels, drawn.noise, self.config.ways * self.config.shot)
+        return EpisodeBatch(images, drawn.labels, drawn.noise, self.shape.ways * self.shape.shot)
 
     def _standard(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (B, S + T) and labels (B, T): of each class its shots and its queries."""
-        n, k, q = self.config.ways, self.config.shot, self.query
+        n, k, q, _ = self.shape
         sizes, classes = self.offsets.diff(), self._classes(episodes)  # (classes,), (B, N)
         words = (
             self._words(Purpose.IMAGES, episodes, (k + q) * n).unflatten(1, (k + q, n)).transpose(1, 2)
@@ -88,7 +88,7 @@ class DeviceSampler:
 
     def _paper(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (B, S + 1) of the rotated images and labels (B, 1): one query, which is turned as its class is."""
-        k, n = self.config.shot, self.config.ways
+        n, k = self.shape.ways, self.shape.shot
         sizes, classes = self.offsets.diff(), self._classes(episodes)  # (classes,), (B, N)
         labels = below(self._words(Purpose.TARGET, episodes, 1), n)  # (B, 1)
         index = choose(self._words(Purpose.IMAGES, episodes, k + 1), sizes[classes].min(1)[0])  # (B, K+1)
@@ -100,7 +100,7 @@ class DeviceSampler:
     def _classes(self, episodes: Tensor) -> Tensor:
         """(B, N)"""
         there = self.offsets.new_full((), len(self.offsets) - 1)
-        return choose(self._words(Purpose.CLASSES, episodes, self.config.ways), there)
+        return choose(self._words(Purpose.CLASSES, episodes, self.shape.ways), there)
 
     def _noise(self, episodes: Tensor) -> Tensor:
         """(B, 2, Z): Box-Muller in float64, then rounded."""
@@ -127,7 +127,7 @@ class DeviceSampler:
 
     def _words(self, purpose: Purpose, episodes: Tensor, count: int) -> Tensor:
         """`count` random words of 32 bits (B, count) of each of the episodes (B,), in int64; see `philox.draws`."""
-        seed = self.config.seed if self.split == "train" else self.config.eval_seed
+        seed = self.config.run.seed if self.split == "train" else self.config.episodes.eval_seed
         block = torch.arange(-(-count // 4), device=self.device)  # (blocks,)
         episode = episodes[:, None].expand(-1, len(block))  # (B, blocks)
         stream = torch.full_like(episode, SPLITS.index(self.split) << 16 | purpose)

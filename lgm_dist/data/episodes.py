@@ -89,26 +89,20 @@ def check_episodes(
 
     `name` is the data set's. Needs no images, so a manifest will do.
     """
-    of = f"split {split} of '{name}'"
-    if config.ways > len(counts):
+    shape, of = config.episode(split), f"split {split} of '{name}'"
+    if shape.ways > len(counts):
         raise ValueError(
-            f"{config.ways} ways need {config.ways} classes, {of} has {len(counts)}; set ways to {len(counts)} or less"
+            f"{shape.ways} ways need {shape.ways} classes, {of} has {len(counts)}; set ways to {len(counts)} or less"
         )
-    field, query = _query(config, split)
     smallest = min(range(len(counts)), key=counts.__getitem__)
-    if config.shot + query > counts[smallest]:
+    if (needed := shape.shot + shape.query) > counts[smallest]:
+        paper = config.episodes.protocol == "paper"
+        field = "the query" if paper else "query" if split == "train" else "eval_query"
         called = f"'{class_names[smallest]}'" if class_names else str(smallest)
         raise ValueError(
-            f"shot ({config.shot}) + {field} ({query}) = {config.shot + query} images a class, but class {called} "
-            f"of {of} has {counts[smallest]}; lower shot{'' if config.protocol == 'paper' else f' or {field}'}"
+            f"shot ({shape.shot}) + {field} ({shape.query}) = {needed} images a class, but class {called} "
+            f"of {of} has {counts[smallest]}; lower shot{'' if paper else f' or {field}'}"
         )
-
-
-def _query(config: Config, split: Split) -> tuple[str, int]:
-    """How many images of a class an episode needs beside its shots, and the field that says so."""
-    if config.protocol == "paper":
-        return "the query", 1
-    return ("query", config.query) if split == "train" else ("eval_query", config.eval_query)
 
 
 def draw_rows(bank: ImageBank, config: Config, split: Split, start: int, count: int) -> EpisodeRows:
@@ -123,23 +117,27 @@ def draw_rows(bank: ImageBank, config: Config, split: Split, start: int, count: 
         )
     sizes = np.diff(bank.offsets)  # (classes,)
     check_episodes(config, split, bank.name, sizes.tolist(), bank.classes)
-    words = _words(config, split, Purpose.CLASSES, start, count, config.ways)
+    words = _words(config, split, Purpose.CLASSES, start, count, config.episode(split).ways)
     classes = choose(words, np.full(count, len(sizes)))  # (B, N)
-    if config.protocol == "paper":
+    if config.episodes.protocol == "paper":
         return _paper_rows(bank, config, split, start, classes)
     rows = _standard_rows(bank, config, split, start, classes)
-    return _with_flips_and_shifts(bank, config, split, start, rows) if config.augment and split == "train" else rows
+    return (
+        _with_flips_and_shifts(bank, config, split, start, rows)
+        if config.episodes.augment and split == "train"
+        else rows
+    )
 
 
 def _words(config: Config, split: Split, purpose: Purpose, start: int, count: int, length: int) -> Words:
     """`length` words of each of the episodes start .. start + count - 1: (count, length)."""
-    seed = config.seed if split == "train" else config.eval_seed
+    seed = config.run.seed if split == "train" else config.episodes.eval_seed
     return draws(seed, split, purpose, np.arange(start, start + count, dtype=np.int64), length)
 
 
 def _standard_rows(bank: ImageBank, config: Config, split: Split, start: int, classes: Index) -> EpisodeRows:
     """K + Q images of each class, chosen in each class by itself."""
-    (b, n), k, q = classes.shape, config.shot, _query(config, split)[1]
+    (b, n), (_, k, q, _) = classes.shape, config.episode(split)
     # Draw by draw over all classes: with more queries the images before them stay as they are.
     words = _words(config, split, Purpose.IMAGES, start, b, (k + q) * n).reshape(b, k + q, n)  # (B, K+Q, N)
     sizes = np.diff(bank.offsets)[classes].reshape(b * n)  # (B*N,)
@@ -151,7 +149,7 @@ def _standard_rows(bank: ImageBank, config: Config, split: Split, start: int, cl
 
 def _paper_rows(bank: ImageBank, config: Config, split: Split, start: int, classes: Index) -> EpisodeRows:
     """K + 1 places, the same in every class of an episode, and one query, which is turned as its class is."""
-    (b, n), k = classes.shape, config.shot
+    (b, n), k = classes.shape, config.episode(split).shot
     labels = below(_words(config, split, Purpose.TARGET, start, b, 1), n)  # (B, 1)
     sizes = np.diff(bank.offsets)[classes].min(axis=1)  # (B,)
     index = choose(_words(config, split, Purpose.IMAGES, start, b, k + 1), sizes)  # (B, K+1)
@@ -177,7 +175,7 @@ def sample_episodes(bank: ImageBank, config: Config, split: Split, start: int, c
     """
     rows = draw_rows(bank, config, split, start, count)
     every = np.concatenate([rows.support, rows.query], axis=1)  # (B, S+T)
-    images = _ready(bank, config, every.ravel(), _augmentation(rows, config))  # (B*(S+T), C, H, W)
+    images = _ready(bank, config, every.ravel(), _augmentation(rows))  # (B*(S+T), C, H, W)
     return EpisodeBatch(
         images=images.unflatten(0, every.shape),  # (B, S+T, C, H, W)
         labels=torch.from_numpy(rows.labels),
@@ -221,11 +219,12 @@ def _gather(bank: ImageBank, rows: Index) -> Pixels:
     return bank.tensor.index_select(0, torch.from_numpy(rows)).numpy()  # (n, H, W, C)
 
 
-def _augmentation(rows: EpisodeRows, config: Config) -> Augmentation:
+def _augmentation(rows: EpisodeRows) -> Augmentation:
     """What `rows` holds besides rows, to be done to any slice of the images (B*(S+T), H, W, C)."""
     if rows.angles is not None:
         query = np.take_along_axis(rows.angles, rows.labels, axis=1)  # (B, T)
-        angle = np.concatenate([rows.angles.repeat(config.shot, axis=1), query], axis=1).ravel()  # (B*(S+T),)
+        support = rows.angles.repeat(rows.support.shape[1] // rows.angles.shape[1], axis=1)  # (B, S)
+        angle = np.concatenate([support, query], axis=1).ravel()  # (B*(S+T),)
         return lambda pixels, piece: rotate(pixels, angle[piece])
     if rows.flips is not None and rows.shifts is not None:
         flip, (dy, dx) = rows.flips.ravel(), rows.shifts.reshape(-1, 2).T  # (B*(S+T),) each
@@ -248,6 +247,6 @@ def _ready(bank: ImageBank, config: Config, rows: Index, augment: Augmentation) 
 
 def statistics(bank: ImageBank, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the normalisation, per channel on the 0 to 255 scale."""
-    if config.protocol == "paper":
+    if config.episodes.protocol == "paper":
         return (_PAPER_MEAN,) * len(bank.mean), (_PAPER_STD,) * len(bank.std)
     return bank.mean, bank.std

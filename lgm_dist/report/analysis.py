@@ -28,7 +28,6 @@ episodes of the split; its support sets share no image, so that likeness is one 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +55,19 @@ Counts = npt.NDArray[np.int64]
 def analyse(run: Path, bank: ImageBank) -> dict[str, Any]:
     """Analyses the run's checkpoint that was best on val, on the bank's split; writes and returns analysis.json.
 
-    The episodes are those of an evaluation while training: the first eval_episodes of config.evaluation. Raises ValueError
+    The episodes are those of an evaluation while training: the first eval_episodes episodes of val. Raises ValueError
     for a run without a checkpoint, or a bank that is too small for its episodes.
     """
     model, config, state = checkpoint.load_model(checkpoint.best(run))
-    config = config.evaluation
+    ways, shot = config.episode(bank.split)[:2]
     found = {
         "split": bank.split,
         "step": state.step,
-        "protocol": config.protocol,
-        "episodes": config.eval_episodes,
-        "ways": config.ways,
-        "shot": config.shot,
-        "chance": 1 / config.ways,
+        "protocol": config.episodes.protocol,
+        "episodes": config.episodes.eval_episodes,
+        "ways": ways,
+        "shot": shot,
+        "chance": 1 / ways,
         **_decisions(model, bank, config),
         "weights": _weights(model, bank, config),
     }
@@ -89,7 +88,7 @@ def read_analysis(run: Path) -> dict[str, Any]:
 
 def _decisions(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any]:
     """Who was taken for whom, and how often each class was recognised."""
-    episodes, n = config.eval_episodes, len(bank.classes)
+    episodes, n = config.episodes.eval_episodes, len(bank.classes)
     classes = draw_rows(bank, config, bank.split, 0, episodes).classes  # (E, N)
     confusion, met = np.zeros((n, n), np.int64), np.zeros((n, n), np.int64)
     asked, right = np.zeros((episodes, n), np.int64), np.zeros((episodes, n), np.int64)
@@ -162,14 +161,13 @@ def _weights(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any] |
 
 def _tasks(bank: ImageBank, config: Config) -> tuple[Counts, Counts]:
     """Different sets of classes (W, N), of the first episodes, and rows of R support sets without a shared image (W, R, S)."""
-    supports = min(
-        SUPPORTS, (int(bank.counts.min()) - 1) // config.shot
-    )  # an episode has at least one query beside them
-    wide = replace(config, protocol="standard", shot=supports * config.shot, eval_query=1)
+    ways, shot = config.episode(bank.split)[:2]
+    supports = min(SUPPORTS, (int(bank.counts.min()) - 1) // shot)  # an episode has at least one query beside them
+    wide = config.replace(protocol="standard", shot=supports * shot, query=1, eval_shot=supports * shot, eval_query=1)
     drawn = draw_rows(bank, wide, bank.split, 0, 4 * TASKS)
     _, first = np.unique(np.sort(drawn.classes), axis=0, return_index=True)
     chosen = np.sort(first)[:TASKS]  # (W,)
-    rows = drawn.support[chosen].reshape(len(chosen), config.ways, supports, config.shot)  # (W, N, R, K)
+    rows = drawn.support[chosen].reshape(len(chosen), ways, supports, shot)  # (W, N, R, K)
     return drawn.classes[chosen], rows.swapaxes(1, 2).reshape(len(chosen), supports, -1)
 
 

@@ -91,16 +91,9 @@ def sampled(sweep: SweepRecord) -> list[Setting]:
 
 def normalisations(records: Sequence[Record]) -> list[Setting]:
     """The normalisation settings in which evaluated runs differ."""
-    known = [(r.config.to_dict(), r) for r in records if r.config and r.best]
-    found = [Setting(path, [(_at(config, path), r) for config, r in known]) for path in NORMALISATION]
+    known = [(r.config.flat(), r) for r in records if r.config and r.best]
+    found = [Setting(path, [(config[path], r) for config, r in known]) for path in NORMALISATION]
     return [s for s in found if len({setting(value) for value, _ in s.values}) > 1]
-
-
-def _at(config: dict[str, Any], path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = value[name]
-    return value
 
 
 def comparison(title: str, settings: Sequence[Setting], what: str) -> Table | None:

@@ -48,7 +48,7 @@ def curves(run: Path) -> Path:
         fmt="o-",
         color="C1",
         capsize=3,
-        label=f"val ({config.eval_episodes} episodes, 95 % interval)",
+        label=f"val ({config.episodes.eval_episodes} episodes, 95 % interval)",
     )
     _chance(middle, config)
     middle.set(xlabel="step", ylabel="accuracy (%)", title=_episodes(config))
@@ -57,7 +57,7 @@ def curves(run: Path) -> Path:
     middle.legend(fontsize=8)
     _line(right, step, rows, "speed/episodes_per_s")
     right.set(xlabel="step", ylabel="episodes/s", title="Speed", ylim=(0, 1.05 * right.get_ylim()[1]))
-    figure.suptitle(f"{run.name}{_leak(config.protocol)}", fontsize=11)
+    figure.suptitle(f"{run.name}{_leak(config.episodes.protocol)}", fontsize=11)
     return _save(figure, run / CURVES)
 
 
@@ -71,16 +71,16 @@ def _line(axes: Any, step: npt.NDArray[np.int64], rows: list[dict[str, Any]], ke
 
 
 def _chance(axes: Any, config: Config) -> None:
-    val = config.evaluation.ways
-    if val == config.ways:
+    val = config.episode("val").ways
+    if val == config.episodes.ways:
         axes.axhline(100 / val, color="grey", linestyle=":", label="chance")
     else:
-        axes.axhline(100 / config.ways, color="C0", linestyle=":", label="chance, train")
+        axes.axhline(100 / config.episodes.ways, color="C0", linestyle=":", label="chance, train")
         axes.axhline(100 / val, color="C1", linestyle=":", label="chance, val")
 
 
 def _episodes(config: Config) -> str:
-    train, val = (f"{c.ways}-way {c.shot}-shot" for c in (config, config.evaluation))
+    train, val = (f"{e.ways}-way {e.shot}-shot" for e in (config.episode("train"), config.episode("val")))
     return f"{train} accuracy" if train == val else f"Accuracy, train {train}, val {val}"
 
 
@@ -96,33 +96,33 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     was taken for it where not.
     """
     model, config, _ = checkpoint.load_model(checkpoint.best(run))
-    config = config.evaluation
+    ways, shot = config.episode(bank.split)[:2]
     batch = sample_episodes(bank, config, bank.split, index, 1)
-    noise = batch.noise if config.protocol == "paper" else None
-    guesses = model(batch.support, batch.query, config.ways, noise)[0].argmax(-1).numpy()  # (T,)
+    noise = batch.noise if config.episodes.protocol == "paper" else None
+    guesses = model(batch.support, batch.query, ways, noise)[0].argmax(-1).numpy()  # (T,)
     labels = batch.labels[0].numpy()
     names = [bank.classes[c] for c in draw_rows(bank, config, bank.split, index, 1).classes[0]]
-    shown = [np.flatnonzero(labels == way)[:QUERIES_SHOWN] for way in range(config.ways)]
-    columns = config.shot + max(len(queries) for queries in shown)
+    shown = [np.flatnonzero(labels == way)[:QUERIES_SHOWN] for way in range(ways)]
+    columns = shot + max(len(queries) for queries in shown)
     figure, axes = plt.subplots(
-        config.ways,
+        ways,
         columns,
-        figsize=(max(1.1 * columns + 1.2, 5.2), 1.25 * config.ways + 0.8),  # wide enough for the title
+        figsize=(max(1.1 * columns + 1.2, 5.2), 1.25 * ways + 0.8),  # wide enough for the title
         squeeze=False,
         layout="constrained",
     )
     for axis in axes.flat:
         axis.set_axis_off()
     support, query = to_pixels(batch.support[0], bank, config), to_pixels(batch.query[0], bank, config)
-    for way in range(config.ways):
-        for shot in range(config.shot):
-            _image(axes[way, shot], support[way * config.shot + shot], names[way] if shot == 0 else "", "black")
-        for column, t in enumerate(shown[way], config.shot):
+    for way in range(ways):
+        for place in range(shot):
+            _image(axes[way, place], support[way * shot + place], names[way] if place == 0 else "", "black")
+        for column, t in enumerate(shown[way], shot):
             right = guesses[t] == way
             _image(axes[way, column], query[t], "" if right else names[guesses[t]], "tab:green" if right else "tab:red")
     accuracy = 100 * float((guesses == labels).mean())
     figure.suptitle(
-        f"{run.name}{_leak(config.protocol)}\n"
+        f"{run.name}{_leak(config.episodes.protocol)}\n"
         f"episode {index} of {bank.split}, {accuracy:.0f} % of {len(labels)} queries right\n"
         f"black: support; of the queries {QUERIES_SHOWN} a class at most, green: right, red: taken for the class above it",
         fontsize=9,

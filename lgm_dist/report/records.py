@@ -52,7 +52,11 @@ class Record:
     @property
     def label(self) -> str:
         """The name as it stands beside an accuracy: protocol paper says at every figure that it leaks."""
-        return f"{self.name} (paper: leaks the label)" if self.config and self.config.protocol == "paper" else self.name
+        return (
+            f"{self.name} (paper: leaks the label)"
+            if self.config and self.config.episodes.protocol == "paper"
+            else self.name
+        )
 
     @cached_property
     def evaluations(self) -> list[dict[str, float]]:
@@ -94,13 +98,20 @@ class Record:
         """What val accuracies have to agree in to be compared: the very episodes. None without a configuration."""
         if not (c := self.config):
             return None
-        data = str(self.facts.get("manifest_digest") or c.data)
-        return data, c.protocol, c.evaluation.ways, c.evaluation.shot, c.eval_query, c.eval_seed, c.eval_episodes
+        data = str(self.facts.get("manifest_digest") or c.data.name)
+        return (
+            data,
+            c.episodes.protocol,
+            *c.episode("val")[:2],
+            c.episodes.eval_query,
+            c.episodes.eval_seed,
+            c.episodes.eval_episodes,
+        )
 
     @property
     def notes(self) -> list[str]:
         """What is not as in a finished run, in words."""
-        steps = f" of {self.config.steps:,}" if self.config else ""
+        steps = f" of {self.config.episodes.steps:,}" if self.config else ""
         unfinished = not self.result and not self.trial
         missing = [f"not finished (step {self.step:,}{steps})"] if unfinished else []
         if not self.evaluations:

@@ -24,10 +24,10 @@ def throughput(records: Sequence[Record]) -> Table | None:
         if speed is None or not c:
             continue
         memory = max((row.get("memory/peak_bytes", 0.0) for row in record.rows), default=0.0)
-        images = f"{speed * c.ways * (c.shot + c.query):,.0f}"
+        images = f"{speed * c.episodes.ways * (c.episodes.shot + c.episodes.query):,.0f}"
         at = (
-            f"{c.ways}-way {c.shot}-shot {c.query}-query",
-            str(c.meta_batch),
+            f"{c.episodes.ways}-way {c.episodes.shot}-shot {c.episodes.query}-query",
+            str(c.episodes.meta_batch),
             *(fact(record, k) for k in ("world_size", "threads", "device")),
         )
         rows.append((record.name, *at, f"{speed:,.1f}", images, f"{memory / 2**30:.2f} GiB" if memory else DASH))
@@ -53,14 +53,27 @@ def scalings(records: Sequence[Record]) -> list[Scaling]:
         speeds = [(w, statistics.mean(speed_of(r) or 0.0 for r in rs), len(rs)) for w, rs in sorted(sizes.items())]
         c = group[0].config
         if len(speeds) > 1 and c:
-            found.append(Scaling(f"{episodes(c.ways, c.shot)}, {c.meta_batch} episodes a step", speeds))
+            found.append(
+                Scaling(
+                    f"{episodes(c.episodes.ways, c.episodes.shot)}, {c.episodes.meta_batch} episodes a step", speeds
+                )
+            )
     return found
 
 
 def _work(record: Record) -> tuple[Any, ...]:
     c = record.config
     assert c
-    return c.data, c.ways, c.shot, c.query, c.protocol, c.meta_batch, c.model, fact(record, "device")
+    return (
+        c.data.name,
+        c.episodes.ways,
+        c.episodes.shot,
+        c.episodes.query,
+        c.episodes.protocol,
+        c.episodes.meta_batch,
+        c.model,
+        fact(record, "device"),
+    )
 
 
 def scaling_table(scaling: Scaling) -> Table:

@@ -62,19 +62,19 @@ def test_of(record: Record, found: dict[str, Any]) -> str:
     if accuracy is not None:
         n = number(found, "test/episodes")
         return percent(accuracy, number(found, "test/ci95")) + (f" (n = {n:,.0f})" if n else "")
-    return "not touched" if record.trial or (record.config and not record.config.test_episodes) else "not yet"
+    return "not touched" if record.trial or (record.config and not record.config.episodes.test_episodes) else "not yet"
 
 
 def protocol_of(config: Config | None) -> str:
     """The protocol; paper with what has to stand beside its figures."""
-    if not config or config.protocol == "standard":
-        return config.protocol if config else DASH
+    if not config or config.episodes.protocol == "standard":
+        return config.episodes.protocol if config else DASH
     return "paper: LEAKS THE LABEL"
 
 
 def trained_on(record: Record) -> str:
     """Episodes so far."""
-    return f"{record.step * record.config.meta_batch:,} episodes" if record.config else DASH
+    return f"{record.step * record.config.episodes.meta_batch:,} episodes" if record.config else DASH
 
 
 def commit_of(record: Record) -> str:
@@ -102,14 +102,14 @@ def headline(runs: Sequence[Record], sweeps: Sequence[SweepRecord]) -> Table:
         ">time",
     )
     note = "Mean over episodes with its 95 % interval, of the checkpoint that was best on val."
-    paper = any(record.config and record.config.protocol == "paper" for record in every)
+    paper = any(record.config and record.config.episodes.protocol == "paper" for record in every)
     leak = "\n" + leak_note("paper").replace("\n", " ") if paper else ""
     return Table("Runs", (*header, "commit"), rows, note + leak)
 
 
 def _headline_row(name: str, record: Record, found: dict[str, Any]) -> tuple[str, ...]:
     c = record.config
-    cells = (episodes(c.evaluation.ways, c.evaluation.shot), episodes(c.ways, c.shot)) if c else (DASH, DASH)
+    cells = tuple(episodes(*c.episode(split)[:2]) for split in ("val", "train")) if c else (DASH, DASH)
     figures = (test_of(record, found), val_of(record), *cells, trained_on(record), duration(record.seconds))
     return (name, protocol_of(c), *figures, commit_of(record))
 
@@ -120,7 +120,7 @@ def ways_shots(records: Sequence[Record]) -> list[Table]:
     configs = {id(record): record.config for record in records if record.config and record.best}
     known = [record for record in records if id(record) in configs]
     for group in by(known, lambda r: (r.cell or ())[:2]).values():
-        own = [r for r in group if r.config and r.config.evaluation == r.config]
+        own = [r for r in group if r.config and r.config.episode("val")[:2] == r.config.episode("train")[:2]]
         tables.append(_grid("Ways and shots, each network evaluated where it was trained", own))
         for (ways, shot), at in by(group, _evaluated).items():
             tables.append(_grid(f"Ways and shots of training, all evaluated at {episodes(ways, shot)}", at))
@@ -129,7 +129,7 @@ def ways_shots(records: Sequence[Record]) -> list[Table]:
 
 def _evaluated(record: Record) -> tuple[int, int]:
     assert record.config
-    return record.config.evaluation.ways, record.config.evaluation.shot
+    return (*record.config.episode("val")[:2],)
 
 
 def _grid(title: str, records: Sequence[Record]) -> Table | None:
@@ -140,7 +140,9 @@ def _grid(title: str, records: Sequence[Record]) -> Table | None:
             f"{percent(test, number(record.result, 'test/ci95'))} test" if test is not None else f"{val_of(record)} val"
         )
         assert record.config
-        found.setdefault((record.config.ways, record.config.shot), []).append(f"{accuracy}, {record.label}")
+        found.setdefault((record.config.episodes.ways, record.config.episodes.shot), []).append(
+            f"{accuracy}, {record.label}"
+        )
     return _matrix(title, found) if len(found) > 1 else None
 
 

@@ -84,12 +84,12 @@ def _key_figures(runs: Sequence[Record], sweeps: Sequence[SweepRecord]) -> Html:
 def _of_run(record: Record) -> list[tuple[str, str]]:
     pairs = _accuracies(record, record.result)
     if c := record.config:
-        pairs.append(("chance", f"{100 / c.evaluation.ways:.4g} %"))
+        pairs.append(("chance", f"{100 / c.episode('val').ways:.4g} %"))
     return [*pairs, ("trained on", tables.trained_on(record)), ("time", tables.duration(record.seconds))]
 
 
 def _accuracies(record: Record, found: dict[str, Any]) -> list[tuple[str, str]]:
-    leak = " (leaks the label)" if record.config and record.config.protocol == "paper" else ""
+    leak = " (leaks the label)" if record.config and record.config.episodes.protocol == "paper" else ""
     return [
         ("test accuracy" + leak, tables.test_of(record, found)),
         ("best val accuracy" + leak, tables.val_of(record)),
@@ -109,7 +109,7 @@ def _at(group: Sequence[Record]) -> str:
     c = group[0].config
     if not c:
         return "unknown episodes"
-    return f"{tables.episodes(c.evaluation.ways, c.evaluation.shot)} ({tables.protocol_of(c)})"
+    return f"{tables.episodes(*c.episode('val')[:2])} ({tables.protocol_of(c)})"
 
 
 def _sweep(sweep: SweepRecord) -> Html:
@@ -203,12 +203,12 @@ def _val(record: Record, place: int, key: str, unit: float) -> Line:
 
 def _chance(records: Sequence[Record]) -> float | None:
     """100 / ways, where all have the same."""
-    ways = {c.evaluation.ways for record in records if (c := record.config)}
+    ways = {c.episode("val").ways for record in records if (c := record.config)}
     return 100 / ways.pop() if len(ways) == 1 else None
 
 
 def _band(records: Sequence[Record]) -> str:
-    counts = sorted({c.eval_episodes for record in records if (c := record.config)})
+    counts = sorted({c.episodes.eval_episodes for record in records if (c := record.config)})
     of = f" of {' or '.join(f'{n:,}' for n in counts)} episodes each" if counts else ""
     return f"Evaluations{of}; the band is the 95 % interval."
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lgm_dist.config import Config, ModelConfig, differing
+from lgm_dist.config import Config, ModelConfig, differing, marked
 from lgm_dist.model import LGMNet
 from lgm_dist.runs.checkpoint_files import (
     NAME,
@@ -48,9 +48,6 @@ __all__ = [
     "restore",
     "save",
 ]
-
-TUNED = {"norm_decay", "norm_epsilon"}
-"""Settings of the network that population-based training changes between two checkpoints of a run."""
 
 
 def save(
@@ -219,10 +216,11 @@ def states_of(run: Path) -> dict[Path, TrainState]:
 
 
 def _check_network(folder: Path, meta: Meta, ours: ModelConfig, data: str = "") -> None:
-    """Raises ValueError with the differing fields where the checkpoint is of another network or (both known) data set."""
+    """Raise ValueError with the differing settings if the checkpoint holds another network or, if both are known, data set."""
+    perturbed = marked("perturbed")
     theirs, wanted = (
-        {f"model.{name}": value for name, value in dataclasses.asdict(model).items() if name not in TUNED}
-        for model in (config_of(folder, meta).model, ours)
+        {name: value for name, value in config.flat().items() if name.startswith("model.") and name not in perturbed}
+        for config in (config_of(folder, meta), Config(model=ours))
     )
     if data and meta.data:
         theirs["the data set's digest"], wanted["the data set's digest"] = meta.data[:16], data[:16]

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from lgm_dist.config import SPLITS, Config, Split, differing
+from lgm_dist.config import SPLITS, Config, Split, differing, marked
 from lgm_dist.console import tell
 from lgm_dist.data import check_episodes, open_bank
 from lgm_dist.data.bank import ImageBank
@@ -32,11 +32,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CONFIG, FACTS, RESULT, OWNER = "config.json", "facts.json", "result.json", "owner"
-MAY_CHANGE = {
-    *("epochs", "workers", "max_workers", "cpus_per_worker", "device", "max_failures", "hang_seconds"),
-    *("data_root", "source", "cache", "name", "storage", "storage_seconds", "wandb"),
-}
-"""Fields with which a run may be resumed differently from how it was started."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +50,21 @@ def make_job(config: Config) -> Job:
 
     Raises ValueError for what a user can mend.
     """
-    here = not config.workers or os.environ.get("RAY_ADDRESS", "local") == "local"
-    if config.device == "cuda" and here and not torch.cuda.is_available():
+    here = not config.run.workers or os.environ.get("RAY_ADDRESS", "local") == "local"
+    if config.run.device == "cuda" and here and not torch.cuda.is_available():
         raise ValueError("device ('cuda') must be there, and this machine has no CUDA; use --device cpu")
-    if config.precision == "tf32" and device_of(config) == "cpu":
+    if config.optim.precision == "tf32" and device_of(config) == "cpu":
         raise ValueError("precision ('tf32') is a GPU's, and this run trains on the CPU; use --precision float32")
-    manifest = ensure_manifest(config.data, config.data_root, config.source)
+    manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
     data = open_banks(config, manifest)["train"].digest
-    cache = str(Path(config.cache).absolute()) if config.cache else ""
+    cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
     return Job(config.to_dict(), manifest, cache, str(_claim(config, data)), threads_of(config))
 
 
 def open_banks(config: Config, manifest: str) -> dict[Split, ImageBank]:
     """The bank of each split. Raises ValueError where its images or their number do not suit the configuration."""
-    banks = {split: open_bank(manifest, split, config.cache) for split in SPLITS}
+    banks = {split: open_bank(manifest, split, config.data.cache) for split in SPLITS}
     name, channels = banks["train"].name, banks["train"].images.shape[-1]
     if config.model.channels != channels:
         raise ValueError(
@@ -77,8 +72,7 @@ def open_banks(config: Config, manifest: str) -> dict[Split, ImageBank]:
             f"use --model.channels {channels}"
         )
     for split, bank in banks.items():
-        episodes = config if split == "train" else config.evaluation
-        check_episodes(episodes, split, bank.name, bank.counts.tolist(), bank.classes)
+        check_episodes(config, split, bank.name, bank.counts.tolist(), bank.classes)
     return banks
 
 
@@ -95,11 +89,11 @@ def _claim(config: Config, data: str) -> Path:
 
     `data` is the digest of the data set's manifest.
     """
-    run = make_folder(Path(config.storage).absolute() / config.run_name)
+    run = make_folder(Path(config.run.storage).absolute() / config.run_name)
     with owned(run):
         if (run / CONFIG).exists():
             both = (read_config(run), config)
-            theirs, ours = ({k: v for k, v in c.flat().items() if k not in MAY_CHANGE} for c in both)
+            theirs, ours = ({k: v for k, v in c.flat().items() if k not in marked("resumable")} for c in both)
             if found := differing(theirs, ours):
                 raise ValueError(
                     f"run {config.run_name!r} was started with {found}; give another --name, or delete {run}"
@@ -199,14 +193,14 @@ def write_result(run: Path, config: Config, test: Evaluation | None, memory: lis
     """result.json: figures of the finished run and of its checkpoint that was best on val."""
     chosen = checkpoint.load_model(checkpoint.best(run))[2]
     result: dict[str, Any] = {
-        "protocol": config.protocol,
-        "ways": config.evaluation.ways,
-        "shot": config.evaluation.shot,
+        "protocol": config.episodes.protocol,
+        "ways": config.episode("val").ways,
+        "shot": config.episode("val").shot,
         "val/accuracy": chosen.val_accuracy,
         "val/ci95": chosen.val_ci95,
         "step": chosen.step,
-        "train/steps": config.steps,
-        "train/episodes": config.steps * config.meta_batch,
+        "train/steps": config.episodes.steps,
+        "train/episodes": config.episodes.steps * config.episodes.meta_batch,
         "train/seconds": max(row["seconds"] for row in read_metrics(run)),
         "memory/peak_bytes": max(memory),
     }
@@ -233,14 +227,14 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def device_of(config: Config) -> str:
     """cuda or cpu."""
-    if config.device == "auto":
+    if config.run.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device
+    return config.run.device
 
 
 def threads_of(config: Config) -> int:
     """torch threads of a worker: its CPUs; in this process, what the caller or OMP_NUM_THREADS has set."""
-    if config.cpus_per_worker:
-        return config.cpus_per_worker
-    most = config.max_workers or config.workers
+    if config.run.cpus_per_worker:
+        return config.run.cpus_per_worker
+    most = config.run.max_workers or config.run.workers
     return max((os.cpu_count() or 1) // most, 1) if most else torch.get_num_threads()

@@ -27,7 +27,7 @@ class Progress:
         interval = _POLL_SECONDS if sys.stderr.isatty() else 30.0
         done = self._tail.rows()
         self._bar = tqdm(
-            total=config.steps,
+            total=config.episodes.steps,
             initial=done[-1]["step"] if done else 0,  # so that steps of an earlier start do not count as speed
             desc=config.run_name,
             unit="step",

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lgm_dist.config import Config
 from lgm_dist.runs.checkpoint import states_of, val_accuracies
 from lgm_dist.runs.metrics import read_metrics
 
@@ -73,6 +74,11 @@ class Sweep:
     spec: dict[str, Any]
     """sweep.json: name, space, params, search, scheduler, samples, base (Config.to_dict()), command, commit."""
     trials: list[Trial]
+
+    @cached_property
+    def base(self) -> Config:
+        """The configuration that all trials start from."""
+        return Config.from_dict(self.spec["base"])
 
     @cached_property
     def ranked(self) -> list[Trial]:

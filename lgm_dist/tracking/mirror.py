@@ -8,6 +8,7 @@ the next one, which first asks what is there. Nothing that goes wrong with W&B e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import secrets
@@ -118,7 +119,7 @@ class Mirror:
         held = self._recall()
         if self._wandb is None:
             self._facts = read_json(self._run / FACTS)
-            config = self._config.to_dict() | self._facts
+            config = logged_config(self._config) | self._facts
             try:
                 self._wandb = _init(self._run, self._config, config, self._group, self._job_type, resume="allow")
             finally:
@@ -221,8 +222,14 @@ def place(run: Path) -> tuple[str, str]:
     return str(read_json(run.absolute().parents[1] / SWEEP).get("name", "")), "trial"
 
 
+def logged_config(config: Config) -> dict[str, Any]:
+    """The settings as W&B shows them: by flag name, those of the network in a dictionary of their own."""
+    flat = {name: value for name, value in config.flat().items() if "." not in name}
+    return flat | {"model": dataclasses.asdict(config.model)}
+
+
 def log_evaluation(config: Config, checkpoint: Path, data: str, results: list[dict[str, Any]]) -> None:
-    """A W&B run of its own, of job type evaluate, for a grid of evaluations of a run's checkpoint; config.wandb says where.
+    """A W&B run of its own, of job type evaluate, for a grid of evaluations of a run's checkpoint; config.run.wandb says where.
 
     `results` are those of scripts/evaluate.py's JSON, `data` the data set's name. A failure of W&B is one sentence on
     standard error.
@@ -237,7 +244,7 @@ def log_evaluation(config: Config, checkpoint: Path, data: str, results: list[di
 
 def _log_evaluation(run: Path, config: Config, checkpoint: Path, data: str, results: list[dict[str, Any]]) -> None:
     group = place(run)[0] or config.run_name
-    values = config.to_dict() | read_json(run / FACTS)
+    values = logged_config(config) | read_json(run / FACTS)
     tracked = _init(run, config, values, group, "evaluate", id=secrets.token_hex(6))
     table, cells = evaluation(data, results)
     tracked.log({"evaluation": table})
@@ -259,7 +266,7 @@ def _init(run: Path, config: Config, values: dict[str, Any], group: str, job_typ
         group=group or None,
         job_type=job_type,
         config=values,
-        notes=leak_note(config.protocol) or None,
+        notes=leak_note(config.episodes.protocol) or None,
         mode=wandb_mode(config),  # type: ignore[arg-type]
         allow_val_change=True,
         reinit="create_new",  # a sweep's driver holds several at once

@@ -72,7 +72,7 @@ def model_artifact(wandb_id: str, config: Config, checkpoint: Path, result: dict
 
     figures = {key: result[key] for key in ("step", "val/accuracy", "val/ci95", "ways", "shot") if key in result}
     name = f"{_name(config.run_name)}-{wandb_id}"
-    artifact = wandb.Artifact(name, type="model", metadata=figures | {"protocol": config.protocol})
+    artifact = wandb.Artifact(name, type="model", metadata=figures | {"protocol": config.episodes.protocol})
     for file in sorted(checkpoint.iterdir()):
         artifact.add_file(str(file), policy="immutable", skip_cache=True)
     return artifact

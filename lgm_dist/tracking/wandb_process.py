@@ -15,10 +15,10 @@ from lgm_dist.tracking.panels import DONE
 
 def wandb_mode(config: Config) -> str:
     """online, offline or disabled: WANDB_MODE, else what the configuration says, where auto asks for an account."""
-    if os.environ.get("WANDB_MODE") and config.wandb == "auto":
+    if os.environ.get("WANDB_MODE") and config.run.wandb == "auto":
         return os.environ["WANDB_MODE"]
-    if config.wandb != "auto":
-        return config.wandb
+    if config.run.wandb != "auto":
+        return config.run.wandb
     try:
         from wandb.sdk.lib import wbauth
     except ImportError:  # a broken installation, which the Mirror then says

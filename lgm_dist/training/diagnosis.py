@@ -22,9 +22,9 @@ def explain(model: LGMNet, batch: EpisodeBatch, config: Config, step: int, worke
     layers = _outputs(model, batch, config)
     order = next((i for i, (_, bad) in enumerate(layers) if bad.any()), len(layers))
     first = int(min(worker.gather(order)))
-    start, meta_batch = step * config.meta_batch, torch.zeros(config.meta_batch, device=worker.device)
+    start, meta_batch = step * config.episodes.meta_batch, torch.zeros(config.episodes.meta_batch, device=worker.device)
     if first < len(layers):
-        begin, count = worker.slice_of(0, config.meta_batch)
+        begin, count = worker.slice_of(0, config.episodes.meta_batch)
         meta_batch[begin : begin + count] = layers[first][1].float()
         where = f"output of {layers[first][0]}"
     else:
@@ -50,7 +50,7 @@ def _outputs(model: LGMNet, batch: EpisodeBatch, config: Config) -> list[tuple[s
     model.extractor.fused = False  # the layers of its blocks one by one
     for layer in names:
         layer.register_forward_hook(look)
-    with arithmetic(tf32=config.precision == "tf32"):
+    with arithmetic(tf32=config.optim.precision == "tf32"):
         log_probabilities(model.train(), batch, config)
     return found
 

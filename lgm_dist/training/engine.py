@@ -60,13 +60,18 @@ class Worker:
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Adam as in TensorFlow (see `set_rates`), with decoupled weight decay if configured."""
     return torch.optim.AdamW(
-        model.parameters(), config.lr, betas=BETAS, eps=EPSILON, weight_decay=config.weight_decay, fused=True
+        model.parameters(),
+        config.optim.lr,
+        betas=BETAS,
+        eps=EPSILON,
+        weight_decay=config.optim.weight_decay,
+        fused=True,
     )
 
 
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of step `step` (from 0): lr_decay to the power of the finished lr_decay_steps, at least lr_min."""
-    return max(config.lr * config.lr_decay ** (step // config.lr_decay_steps), config.lr_min)
+    return max(config.optim.lr * config.optim.lr_decay ** (step // config.optim.lr_decay_steps), config.optim.lr_min)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
@@ -77,7 +82,7 @@ def set_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> No
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-        group["weight_decay"] = config.weight_decay
+        group["weight_decay"] = config.optim.weight_decay
         group["eps"] = EPSILON / (1 - BETAS[1] ** (step + 1)) ** 0.5
 
 
@@ -104,7 +109,7 @@ def train_step(
 
 def gradients(model: nn.Module, batch: EpisodeBatch, config: Config, weight: float = 1.0) -> Tensor:
     """The part of `train_step` before the optimizer: adds to the parameters' gradients, returns the step's figures (3,)."""
-    with arithmetic(tf32=config.precision == "tf32"):
+    with arithmetic(tf32=config.optim.precision == "tf32"):
         log_p = log_probabilities(model, batch, config)  # (B, T, N)
         loss = weight * F.nll_loss(log_p.flatten(0, 1), batch.labels.flatten())  # ()
         loss.backward()
@@ -135,11 +140,11 @@ def arithmetic(*, tf32: bool = False) -> Iterator[None]:
 
 def log_probabilities(model: nn.Module, batch: EpisodeBatch, config: Config) -> Tensor:
     """What `model` answers in training, with the noise and precision of `config`: (B, T, N) float32."""
-    noise = batch.noise if config.noise == "sample" else None
-    half = config.precision == "bf16"
+    noise = batch.noise if config.episodes.noise == "sample" else None
+    half = config.optim.precision == "bf16"
     # No weight is used twice, so autocast's cache of cast weights would save nothing, and a CUDA graph must not hold it.
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-        return model(batch.support, batch.query, config.ways, noise)  # type: ignore[no-any-return]
+        return model(batch.support, batch.query, config.episodes.ways, noise)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def evaluate(
     draws: int | None = None,
     worker: Worker | None = None,
 ) -> Evaluation:
-    """Evaluates `model` on episodes 0 … `episodes` - 1 of `split`, of config.ways, config.shot and config.protocol.
+    """Evaluates `model` on episodes 0 … `episodes` - 1 of `split`, of the size `config.episode(split)`.
 
     `draws` is the number of noise draws (0: noise at its mean; None: the protocol's own, 0 under standard, 1 under paper).
     Features are computed once for all draws, and under standard once for all episodes. All workers call it together and
@@ -200,7 +205,7 @@ def evaluate(
     """
     worker = worker or Worker()
     draws = own_draws(config) if draws is None else draws
-    methods = METHODS[min(draws, 2)]
+    methods, shape = METHODS[min(draws, 2)], config.episode(split)
     hits = torch.zeros(len(methods), episodes, dtype=torch.float64, device=worker.device)
     was_training = model.training
     for first, log_p, labels in answers(model.eval(), bank, config, split, episodes, draws, worker):
@@ -208,12 +213,12 @@ def evaluate(
     model.train(was_training)
     accuracies = dict(zip(methods, worker.sum(hits).cpu().numpy(), strict=True))
     scores = {method: Score.of(values) for method, values in accuracies.items()}
-    return Evaluation(split, config.protocol, config.ways, config.shot, episodes, draws, scores, accuracies)
+    return Evaluation(split, config.episodes.protocol, shape.ways, shape.shot, episodes, draws, scores, accuracies)
 
 
 def own_draws(config: Config) -> int:
     """The noise draws with which the protocol evaluates: 0 (the noise's mean) under standard, 1 under paper."""
-    return 1 if config.protocol == "paper" else 0
+    return 1 if config.episodes.protocol == "paper" else 0
 
 
 @torch.no_grad()
@@ -225,11 +230,11 @@ def answers(
     Yields, for consecutive episodes, the first one's number, log-probabilities (M, B, T, N) of the M = max(draws, 1) noise
     draws, and the labels (B, T).
     """
-    embed = _embed_each_image_once if config.protocol == "standard" else _embed_episodes
-    support = config.ways * config.shot
+    embed = _embed_each_image_once if config.episodes.protocol == "standard" else _embed_episodes
+    ways, shot = config.episode(split)[:2]
     for first, features, context, labels in embed(model, bank, config, split, episodes, worker):
         noise = draw_noise(config, split, first, len(labels), draws).to(worker.device) if draws else [None]
-        log_p = [model.classify(features, context, support, config.ways, n) for n in noise]
+        log_p = [model.classify(features, context, ways * shot, ways, n) for n in noise]
         yield first, torch.stack(log_p), labels
 
 
@@ -281,7 +286,8 @@ def _embed_episodes(
     model: LGMNet, bank: ImageBank, config: Config, split: Split, episodes: int, worker: Worker
 ) -> Embedded:
     """Protocol paper rotates the images of each episode anew."""
-    images = config.ways * config.shot + 1
+    ways, shot = config.episode(split)[:2]
+    images = ways * shot + 1
     for first, last in _pieces(worker.slice_of(0, episodes), images):
         batch = sample_episodes(bank, config, split, first, last - first).to(worker.device)
         both = torch.cat([batch.support, batch.query], dim=1)  # (B, S + T, C, H, W)

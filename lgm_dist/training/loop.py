@@ -46,13 +46,13 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     optimizer = make_optimizer(model, config)
     state = checkpoint.restore(run, model, optimizer)
     take_step = make_steps(model, parallel.train(), optimizer, banks["train"], config, worker)
-    written: Callable[..., Any] = partial(persist, run, config.storage_seconds)
+    written: Callable[..., Any] = partial(persist, run, config.run.storage_seconds)
     log = written(MetricsLog, run, state.step) if worker.rank == 0 else None
     if log:
         written(write_facts, job, worker, state.step)
 
     row: tuple[int, dict[str, float]] | None = None
-    for step in range(state.step, config.steps):
+    for step in range(state.step, config.episodes.steps):
         _not_hung(config)
         start = time.monotonic()
         figures = take_step(step)
@@ -64,12 +64,12 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
             raise NotFinite(diagnosis.explain(model, take_step.batch(step), config, step, worker), run)
         metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
         metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
-        metrics["speed/episodes_per_s"] = config.meta_batch / (time.monotonic() - start)
+        metrics["speed/episodes_per_s"] = config.episodes.meta_batch / (time.monotonic() - start)
         metrics["memory/peak_bytes"] = _peak_memory(worker)
         done, val = step + 1, None
-        if done % config.eval_every == 0 or done == config.steps:
+        if done % config.episodes.eval_every == 0 or done == config.episodes.steps:
             _not_hung(config)
-            val = evaluate(model, banks["val"], config.evaluation, "val", config.eval_episodes, worker=worker)
+            val = evaluate(model, banks["val"], config, "val", config.episodes.eval_episodes, worker=worker)
             metrics |= {"val/accuracy": val.score.accuracy, "val/ci95": val.score.ci95}
         row = (done, metrics)
         if log and (val or stop or worker.device == "cpu"):
@@ -83,14 +83,14 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
                 folder = written(checkpoint.save, run, kept, model, optimizer, config, val, banks["train"].digest)
             if report:
                 report(done, metrics, folder)
-        if stop and done < config.steps:
+        if stop and done < config.episodes.steps:
             return
 
     _not_hung(config)
     test = None
-    if config.test_episodes:
+    if config.episodes.test_episodes:
         model.load_state_dict(checkpoint.load_model(checkpoint.best(run))[0].state_dict())
-        test = evaluate(model, banks["test"], config.evaluation, "test", config.test_episodes, worker=worker)
+        test = evaluate(model, banks["test"], config, "test", config.episodes.test_episodes, worker=worker)
     memory = worker.gather(_peak_memory(worker))
     if log:
         log.close()
@@ -107,15 +107,15 @@ class NotFinite(RunFailed):
 
 
 def _not_hung(config: Config) -> None:
-    """A Ray Train worker that is not here again within config.hang_seconds shows where it is and ends, to be replaced."""
-    if config.workers and config.hang_seconds:
-        faulthandler.dump_traceback_later(config.hang_seconds, exit=True, file=2)
+    """A Ray Train worker that is not here again within config.run.hang_seconds shows where it is and ends, to be replaced."""
+    if config.run.workers and config.run.hang_seconds:
+        faulthandler.dump_traceback_later(config.run.hang_seconds, exit=True, file=2)
 
 
 def build_model(config: Config, worker: Worker) -> LGMNet:
-    """The network with the initial weights of config.seed, its normalisation tied to the other workers."""
+    """The network with the initial weights of config.run.seed, its normalisation tied to the other workers."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         model = LGMNet(config.model)
     model.reduce_over(worker.all_reduce)
     return model.to(worker.device)

@@ -44,9 +44,9 @@ def make_steps(
 
 def _slice(worker: Worker, config: Config, step: int) -> tuple[int, int, float]:
     """This worker's first episode of a step, how many there are, and the weight that `train_step` is to give them."""
-    first, count = worker.slice_of(step * config.meta_batch, config.meta_batch)
+    first, count = worker.slice_of(step * config.episodes.meta_batch, config.episodes.meta_batch)
     # 1 unless elastic workers have slices of unequal size
-    return first, count, count * worker.world_size / config.meta_batch
+    return first, count, count * worker.world_size / config.episodes.meta_batch
 
 
 class HostSteps:
@@ -123,7 +123,7 @@ class DeviceSteps:
         """This worker's slices of the block's steps, one after the other."""
         steps = self._block * AHEAD + torch.arange(AHEAD, device=self._block.device)  # (AHEAD,)
         slices = torch.arange(self._count, device=self._block.device) + self._first  # (B,)
-        return self._sampler.draw((steps[:, None] * self._config.meta_batch + slices).flatten())
+        return self._sampler.draw((steps[:, None] * self._config.episodes.meta_batch + slices).flatten())
 
     def _made(self) -> EpisodeBatch:
         drawn = (x.unflatten(0, (AHEAD, self._count)).index_select(0, self._place)[0] for x in self._drawn)
