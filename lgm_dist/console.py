@@ -1,4 +1,4 @@
-"""What the scripts share: a user's mistake ends in one sentence and status 1, and results are printed as a table."""
+"""What commands print: sentences on standard error, tables, accuracies. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lgm_dist.config import Protocol
+from lgm_dist.errors import RunFailed
 
 
-class RunFailed(Exception):
-    """A run ended for a reason outside the configuration, such as workers that kept dying."""
+def run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Run `main` on the arguments (default: those of this process) and return the exit status.
 
-
-def status_of(main: Callable[[list[str]], None]) -> int:
-    """Runs `main` on the command line's arguments; 1 and one sentence on standard error for what a user can mend."""
+    An error that a user can correct is printed as one sentence, and the status is 1.
+    """
     try:
-        main(sys.argv[1:])
+        main(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError, RunFailed) as error:
-        tell(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}")
+        notify(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}")
         return 1
     return 0
 
 
 class StandardError:
-    """sys.stderr, where it ends no run that its reader, a pipe's other end or a terminal, has gone."""
+    """sys.stderr, but writing to it never ends a run: its reader, a pipe or a terminal, may have gone."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -43,9 +43,9 @@ class StandardError:
 STANDARD_ERROR = StandardError()
 
 
-def tell(sentence: str) -> None:
-    """A line on standard error, above a progress bar there, if anybody reads it."""
-    bars = sys.modules.get("tqdm")  # where nobody has loaded it there is none
+def notify(sentence: str) -> None:
+    """Print a line on standard error, above a progress bar if there is one."""
+    bars = sys.modules.get("tqdm")  # there is no bar if nobody has loaded it
     if bars:
         bars.tqdm.write(sentence, file=STANDARD_ERROR)
     else:
@@ -61,8 +61,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]) + "\n"
 
 
+def percent(accuracy: float, ci95: float | None = None) -> str:
+    """An accuracy in 0 to 1 as "33.38 ± 0.41 %", without the interval if there is none."""
+    return f"{100 * accuracy:.2f} %" if ci95 is None else f"{100 * accuracy:.2f} ± {100 * ci95:.2f} %"
+
+
 def leak_note(protocol: Protocol) -> str:
-    """What has to stand beside every figure of protocol paper."""
+    """The warning that stands beside every figure of protocol paper; empty for the others."""
     if protocol == "standard":
         return ""
     return (

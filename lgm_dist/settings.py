@@ -247,6 +247,8 @@ class RunConfig:
     """Folder of the runs. On several machines, a shared one."""
     stages: tuple[str, ...] = setting(("episodes",), not_searched="all trials train the same stages")
     """Stages of the run, one after the other: names of registered tasks."""
+    plugins: tuple[str, ...] = setting((), resumable=True, not_searched=_SWEEP)
+    """Python modules to import, which register data sets, augmentations, backbones, generators, heads or tasks of your own."""
     seed: int = setting(0, basic=True)
     """Seed of the initial weights and of the training episodes, their augmentation and noise."""
     workers: int = setting(1, most=4096, basic=True, resumable=True, not_searched=_MACHINE)

@@ -17,7 +17,7 @@ import torch
 from lgm_dist.bench import loading, measure, network
 from lgm_dist.bench.measure import Section
 from lgm_dist.config import Split
-from lgm_dist.console import status_of
+from lgm_dist.console import run_command
 from lgm_dist.data.bank import ImageBank
 
 
@@ -120,4 +120,4 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through each `finally`, which ends what was started
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

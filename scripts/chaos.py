@@ -20,8 +20,8 @@ from lgm_dist.chaos.hosts import hosts
 from lgm_dist.chaos.processes import FAULTS, finite, kills, memory, resize, starts
 from lgm_dist.chaos.storage import storage
 from lgm_dist.chaos.trainings import Outcome, Training, markdown
-from lgm_dist.console import status_of
-from lgm_dist.runs.job import commit
+from lgm_dist.console import run_command
+from lgm_dist.runs.facts import commit
 
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
     "kills": kills,
@@ -70,4 +70,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

@@ -19,8 +19,9 @@ from tyro.conf import Positional
 from wandb_workspaces.expr import And
 
 from lgm_dist.config import Config
-from lgm_dist.console import RunFailed, status_of
+from lgm_dist.console import run_command
 from lgm_dist.console import table as aligned
+from lgm_dist.errors import RunFailed
 from lgm_dist.report import compare, speed, tables, write_report
 from lgm_dist.report.records import Record, SweepRecord, gather
 from lgm_dist.report.write import PICTURES
@@ -241,4 +242,4 @@ def markdown(content: tables.Table) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from lgm_dist.config import Config, Protocol
-from lgm_dist.console import leak_note, status_of, table
+from lgm_dist.console import leak_note, run_command, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     from lgm_dist.data.prepare import ensure_manifest
     from lgm_dist.runs.checkpoint import best, load_model
     from lgm_dist.tracking.mirror import log_evaluation
-    from lgm_dist.training.engine import evaluate
+    from lgm_dist.training.evaluation import evaluate
 
     folder = flags.run if (flags.run / "state.pt").exists() else best(flags.run)
     model, trained, state = load_model(folder)
@@ -109,4 +109,4 @@ def _noise(draws: int, method: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

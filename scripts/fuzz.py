@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from lgm_dist.config import SPLITS, Config
-from lgm_dist.console import status_of
+from lgm_dist.console import run_command
 from lgm_dist.data import manifest as manifests
 from lgm_dist.data import png, shards
 from lgm_dist.data.manifest import ClassEntry, Manifest, Shard, SplitEntry, manifest_bytes, parse_manifest
@@ -197,4 +197,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

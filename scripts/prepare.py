@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from lgm_dist.config import SPLITS
-from lgm_dist.console import status_of, table
+from lgm_dist.console import run_command, table
 from lgm_dist.data.source import DataSource
 
 app = tyro.extras.SubcommandApp()
@@ -82,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

@@ -19,7 +19,8 @@ from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
-from lgm_dist.console import RunFailed, status_of, table
+from lgm_dist.console import run_command, table
+from lgm_dist.errors import RunFailed
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "http://127.0.0.1:8265"
@@ -141,7 +142,7 @@ def environment_of(assignments: list[str]) -> dict[str, str]:
 
 def _commit() -> str:
     """The commit of what is uploaded, which has no .git to ask."""
-    from lgm_dist.runs.job import commit
+    from lgm_dist.runs.facts import commit
 
     return commit()
 
@@ -311,4 +312,4 @@ async def _tail(client: Any, job: str, put: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from lgm_dist.cli.flags import Flags, parse
-from lgm_dist.console import leak_note, status_of, table
+from lgm_dist.console import leak_note, run_command, table
 
 
 class TrainFlags(Flags):
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     """Parses, trains, prints the test accuracy and where everything lies."""
     config = parse(TrainFlags, argv)[0]
     from lgm_dist.cluster.fit import fit
-    from lgm_dist.runs.job import read_result  # after parsing: --help and a mistyped flag need no torch
+    from lgm_dist.runs.folder import read_result  # after parsing: --help and a mistyped flag need no torch
 
     run = fit(config)
     result = read_result(run)
@@ -51,4 +51,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

@@ -12,7 +12,8 @@ import tyro
 from tyro.conf import Positional
 
 from lgm_dist.config import Config
-from lgm_dist.console import RunFailed, status_of
+from lgm_dist.console import run_command
+from lgm_dist.errors import RunFailed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Flags:
 def main(argv: list[str]) -> None:
     """Parses, replays and prints a line a run."""
     flags = tyro.cli(Flags, args=argv)
-    from lgm_dist.runs.job import read_config
+    from lgm_dist.runs.folder import read_config
     from lgm_dist.tracking.mirror import replay
     from lgm_dist.tracking.wandb_process import wandb_mode
 
@@ -57,4 +58,4 @@ def _runs(path: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.steps import train_step
 
 from lgm_dist.config import Config, Protocol
 from lgm_dist.data import ImageBank, open_bank, sample_episodes
@@ -21,7 +22,8 @@ from lgm_dist.model import LGMNet
 from lgm_dist.report import analysis
 from lgm_dist.report.analysis import analyse, read_analysis
 from lgm_dist.runs import checkpoint
-from lgm_dist.training.engine import evaluate, make_optimizer, train_step
+from lgm_dist.training.evaluation import evaluate
+from lgm_dist.training.schedule import make_optimizer
 
 
 def trained(config: Config, run: Path, steps: int = 15) -> Path:

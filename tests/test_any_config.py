@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -14,13 +13,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lgm_dist.config import Config, ModelConfig
+from lgm_dist.config import SETTINGS, Config
 from lgm_dist.data import fetch
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.job import device_of, make_job
 from lgm_dist.runs.metrics import read_metrics
-from lgm_dist.training.engine import Worker
-from lgm_dist.training.loop import STOP, train_fn
+from lgm_dist.runs.record import train_fn
+from lgm_dist.runs.stop import STOP
+from lgm_dist.training.worker import Worker
 
 INTEGERS = {
     **dict.fromkeys(("ways", "eval_ways"), (2, 3, 6)),
@@ -107,7 +107,7 @@ def bad() -> st.SearchStrategy[tuple[str, Any]]:
     return st.one_of(st.tuples(st.sampled_from(names), st.sampled_from(values)) for names, values in kinds)
 
 
-NAMES = [f.name for c in (Config, ModelConfig) for f in dataclasses.fields(c)]
+NAMES = [name.removeprefix("model.") for name in SETTINGS]
 
 
 def check_sentence(text: str, wrong: list[str]) -> None:

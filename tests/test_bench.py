@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 
 from lgm_dist.bench import gpu, loading, measure, network, pictures, scaling
 from lgm_dist.bench.measure import Spread, in_turn, ratio
-from lgm_dist.bench.steps import ROOT, Steps, contender
+from lgm_dist.bench.steps import ROOT, StepSetup, contender
 from lgm_dist.data import open_bank
 
 TINY = {"meta_batch": 2, "size": 8, "threads": 1}
@@ -47,11 +47,11 @@ def test_ratios_pair_the_rounds() -> None:
 )
 def test_flops_are_those_of_the_specification(ways: int, shot: int, size: int, millions: float) -> None:
     """The table of lgmnet-spec.md section 9, whose figures leave the cosine out."""
-    assert network.flops(Steps("ours", ways, shot, size=size)) / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert network.flops(StepSetup("ours", ways, shot, size=size)) / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
 def test_ours_and_the_plain_network_take_the_same_steps() -> None:
-    kinds = {kind: Steps(kind, 3, 2, queries=2, **TINY) for kind in ("ours", "plain", "plain-kept")}
+    kinds = {kind: StepSetup(kind, 3, 2, queries=2, **TINY) for kind in ("ours", "plain", "plain-kept")}
     found, losses = network.race(kinds, rounds=2)
     assert {len(spread.values) for spread in found.values()} == {2}
     assert losses["ours"] == pytest.approx(losses["plain"], abs=1e-5)
@@ -59,7 +59,7 @@ def test_ours_and_the_plain_network_take_the_same_steps() -> None:
 
 
 def test_a_contender_says_how_much_memory_it_took() -> None:
-    with contender(Steps("ours", 2, 1, **TINY)) as take:
+    with contender(StepSetup("ours", 2, 1, **TINY)) as take:
         found = [take() for _ in range(2)]
     assert found[0]["loss"] != found[1]["loss"], "it trains"
     assert 50e6 < found[0]["peak_bytes"] <= found[1]["peak_bytes"] < 2e9
@@ -110,11 +110,11 @@ def test_communication_on_paper_by_hand() -> None:
 def test_growth_compares_what_differs_in_one_thing_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Seconds of a step that costs 1 + 2 a way + 3 a shot beyond the first, and so on; the slopes come back."""
 
-    def cost(steps: Steps) -> float:
+    def cost(steps: StepSetup) -> float:
         return 1 + 2 * steps.ways + 3 * steps.shot + 0.5 * steps.queries + 0.25 * steps.meta_batch
 
     @contextlib.contextmanager
-    def fake(steps: Steps) -> Iterator[Callable[[], dict[str, float]]]:
+    def fake(steps: StepSetup) -> Iterator[Callable[[], dict[str, float]]]:
         yield lambda: {"seconds": cost(steps), "peak_bytes": 2**20 * cost(steps), "loss": 0.0}
 
     monkeypatch.setattr(network, "contender", fake)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.steps import train_step
 from torch import Tensor
 
 from lgm_dist.config import Config
@@ -28,7 +29,8 @@ from lgm_dist.data import open_bank, sample_episodes
 from lgm_dist.model import LGMNet
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.checkpoint import TrainState
-from lgm_dist.training.engine import Evaluation, Score, make_optimizer, train_step
+from lgm_dist.training.evaluation import Evaluation, Score
+from lgm_dist.training.schedule import make_optimizer
 
 Run = tuple[LGMNet, torch.optim.Optimizer]
 

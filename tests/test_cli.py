@@ -15,7 +15,8 @@ import pytest
 
 from lgm_dist.cli import flags
 from lgm_dist.config import PRESETS, Config, ModelConfig
-from lgm_dist.console import RunFailed, leak_note, status_of, table
+from lgm_dist.console import leak_note, run_command, table
+from lgm_dist.errors import RunFailed
 
 DEMO_MODEL = replace(PRESETS["demo"].model, filters=16)
 
@@ -215,7 +216,7 @@ def test_what_a_user_can_mend_is_one_sentence(
         raise error
 
     monkeypatch.setattr(sys, "argv", ["scripts/some.py", "--flag"])
-    assert status_of(main) == 1
+    assert run_command(main) == 1
     assert capsys.readouterr() == ("", f"some.py: {error}\n")
 
 
@@ -223,9 +224,9 @@ def test_success_is_status_0_and_our_own_faults_are_not_hidden(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["some.py"])
-    assert status_of(lambda _: None) == 0
+    assert run_command(lambda _: None) == 0
     assert capsys.readouterr() == ("", "")
     with pytest.raises(ZeroDivisionError):
-        status_of(lambda _: 1 // 0)  # type: ignore[arg-type]
+        run_command(lambda _: 1 // 0)  # type: ignore[arg-type]
     with pytest.raises(SystemExit):
-        status_of(lambda _: sys.exit(2))
+        run_command(lambda _: sys.exit(2))

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from worker_processes import run_workers
 
 from lgm_dist.cluster import collectives
-from lgm_dist.training.engine import Worker
+from lgm_dist.training.worker import Worker
 
 SIZES = (1, 7, 131_072, 131_073, 400_000)
 """Of float32: small ones, a piece of 512 KiB, one more than a piece, several pieces."""

@@ -20,7 +20,7 @@ from fabricated import row, write_run, write_sweep, write_trial
 from test_scripts import script as load
 
 from lgm_dist.config import Config
-from lgm_dist.console import status_of
+from lgm_dist.console import run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1:DeprecationWarning")  # wandb_workspaces' own
 SCRIPT = Path(__file__).parents[1] / "scripts" / "dashboard.py"
@@ -49,7 +49,7 @@ def dashboard(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["dashboard.py", *map(str, arguments)])
-        status = status_of(script.main)
+        status = run_command(script.main)
         return status, *capsys.readouterr()
 
     return run

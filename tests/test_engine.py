@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from helpers.steps import train_step
 from reference import EagerLGMNet
 from torch import Tensor, nn
 
@@ -22,16 +23,9 @@ from lgm_dist.config import Config, ModelConfig, Protocol
 from lgm_dist.data import EpisodeBatch, ImageBank, open_bank, sample_episodes
 from lgm_dist.data.episodes import draw_noise
 from lgm_dist.model import LGMNet
-from lgm_dist.training.engine import (
-    Evaluation,
-    Score,
-    Worker,
-    evaluate,
-    learning_rate,
-    make_optimizer,
-    set_rates,
-    train_step,
-)
+from lgm_dist.training.evaluation import Evaluation, Score, evaluate
+from lgm_dist.training.schedule import learning_rate, make_optimizer, set_rates
+from lgm_dist.training.worker import Worker
 
 Array = npt.NDArray[np.float64]
 Optimizer = torch.optim.Optimizer
@@ -211,8 +205,8 @@ def test_score_by_hand() -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 32, 33, 600])
 def test_slices_are_a_partition(world_size: int, count: int) -> None:
     slices = [Worker(rank, world_size).slice_of(100, count) for rank in range(world_size)]
-    assert [i for start, n in slices for i in range(start, start + n)] == list(range(100, 100 + count))
-    assert max(n for _, n in slices) - min(n for _, n in slices) <= 1
+    assert [i for start, n, _ in slices for i in range(start, start + n)] == list(range(100, 100 + count))
+    assert max(s.size for s in slices) - min(s.size for s in slices) <= 1
 
 
 def together(world_size: int, work: Callable[[Worker], Any]) -> list[Any]:
@@ -260,9 +254,9 @@ def test_slices_of_unequal_size_give_the_whole_meta_batchs_loss_accuracy_and_gra
         """Loss and accuracy, norms of the gradient, and the gradient that data-parallel training makes of them."""
         model, optimizer = models[worker.rank]
         model.reduce_over(worker.all_reduce)
-        first, count = worker.slice_of(0, 5)
+        first, count, weight = worker.slice_of(0, 5)
         batch = in_float64(sample_episodes(bank_of(config, "train"), config, "train", first, count))
-        figures = train_step(model.double().train(), optimizer, batch, config, 0, count * worker.world_size / 5)
+        figures = train_step(model.double().train(), optimizer, batch, config, 0, weight)
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
         return worker.mean(figures[:2]).tolist(), [figures[2].item(), norm], [worker.mean(g) for g in gradients]
@@ -352,7 +346,7 @@ def test_evaluation_against_a_loop_over_episodes(
     images_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lgm_dist.training.engine.IMAGES_AT_ONCE", images_at_once)
+    monkeypatch.setattr("lgm_dist.training.evaluation.IMAGES_AT_ONCE", images_at_once)
     config, bank = small.replace(protocol=protocol), bank_of(small, "val")
     trained.answers.clear()
     found = evaluate(trained, bank, config, "val", 12, draws)

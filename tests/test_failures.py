@@ -18,20 +18,22 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.steps import explain, train_step
 from test_train import config, digests, history
 from worker_processes import run_workers
 
 from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config
-from lgm_dist.console import RunFailed
 from lgm_dist.data import open_bank, sample_episodes
+from lgm_dist.errors import RunFailed
 from lgm_dist.runs.checkpoint_files import read_meta
 from lgm_dist.runs.job import make_job
 from lgm_dist.runs.metrics import read_metrics
-from lgm_dist.training import loop as training
-from lgm_dist.training.diagnosis import explain
-from lgm_dist.training.engine import Worker, make_optimizer, train_step
-from lgm_dist.training.loop import STOP, NotFinite, build_model, stop_on_signals, train_fn
+from lgm_dist.runs.record import train_fn
+from lgm_dist.runs.stop import STOP, stop_on_signals
+from lgm_dist.training.loop import NotFinite, build_network
+from lgm_dist.training.schedule import make_optimizer
+from lgm_dist.training.worker import Worker
 
 
 def trained(config: Config) -> Path:
@@ -50,19 +52,17 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_late_rows_are_the_rows_also_of_a_run_that_is_stopped_and_resumed(
-    whole: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tiny: Path, tmp_path: Path
 ) -> None:
     late, looked = Worker(device="cpu:0"), iter(range(1000))
     job = make_job(config(tiny, tmp_path))
     run = Path(job.run)
 
-    def stop_at_the_third(_: Config) -> None:
+    def stop_at_the_third() -> None:
         if next(looked) == 2:
             (run / STOP).touch()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "_not_hung", stop_at_the_third)
-        train_fn(job, late)
+    train_fn(job, replace(late, heartbeat=stop_at_the_third))
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000003"]
     (run / STOP).unlink()
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_layer_and_keeps_the_che
     ],
 )
 def test_the_first_layer_that_is_not_finite_is_named(parameter: str, layer: str, small: Config) -> None:
-    model = build_model(small, Worker())
+    model = build_network(small, Worker())
     weights = model.get_parameter(parameter)
     with torch.no_grad():
         weights[(0,) * weights.dim()] = float("nan")
@@ -139,7 +139,7 @@ def test_a_learning_rate_that_is_far_too_high_ends_the_run(tiny: Path, tmp_path:
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(small: Config) -> None:
-    model = build_model(small, Worker())
+    model = build_network(small, Worker())
     optimizer, bank = make_optimizer(model, small), open_bank(small.data.name, "train")
     batch = sample_episodes(bank, small, "train", 0, small.episodes.meta_batch)
     train_step(model, optimizer, batch, small, 0)
@@ -160,8 +160,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(small: Confi
 
 def spoiled_slice(worker: Worker, small: Config) -> dict[str, str]:
     """Two of the meta-batch's four episodes are the second worker's; one image of its second is no number."""
-    model = build_model(small, worker)
-    first, count = worker.slice_of(12 * small.episodes.meta_batch, small.episodes.meta_batch)
+    model = build_network(small, worker)
+    first, count, _ = worker.slice_of(12 * small.episodes.meta_batch, small.episodes.meta_batch)
     batch = sample_episodes(open_bank(small.data.name, "train"), small, "train", first, count)
     images = batch.images.clone()
     if worker.rank == worker.world_size - 1:

@@ -12,7 +12,8 @@ from lgm_dist.config import Config
 from lgm_dist.model import LGMNet, load_tf_variables
 from lgm_dist.model.lgmnet import _unit, matching_features
 from lgm_dist.model.tensorflow import tf_names
-from lgm_dist.training.engine import arithmetic, make_optimizer, set_rates
+from lgm_dist.training.arithmetic import arithmetic
+from lgm_dist.training.schedule import make_optimizer, set_rates
 
 FOLDER = Path(__file__).parent / "golden"
 VARIABLES = variables()

@@ -25,10 +25,11 @@ import pytest
 from lgm_dist.cluster import connection as ray_cluster
 from lgm_dist.cluster import fit as ray_train
 from lgm_dist.config import Config
-from lgm_dist.console import RunFailed, status_of
+from lgm_dist.console import run_command
 from lgm_dist.data import open_bank, sample_episodes
+from lgm_dist.errors import RunFailed
 from lgm_dist.runs.checkpoint import best, load_model
-from lgm_dist.runs.job import read_config
+from lgm_dist.runs.folder import read_config
 from lgm_dist.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def command(tiny: Path, storage: Path, more: str = "", ways: str = "2 3") -> lis
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["tune/grid.py", *arguments])
-    return status_of(grid.main)
+    return run_command(grid.main)
 
 
 @pytest.fixture

@@ -15,8 +15,10 @@ from lgm_dist.cluster.fit import fit
 from lgm_dist.config import Config
 from lgm_dist.data.manifest import read_manifest
 from lgm_dist.data.shards import write_shards
-from lgm_dist.runs.job import commit, make_folder, make_job, read_config, read_result, threads_of, write_facts
-from lgm_dist.training.engine import Worker
+from lgm_dist.runs.facts import commit, write_facts
+from lgm_dist.runs.folder import make_folder, read_config, read_result
+from lgm_dist.runs.job import make_job, threads_of
+from lgm_dist.training.worker import Worker
 
 ROOT = Path(__file__).parents[1]
 

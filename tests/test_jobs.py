@@ -24,7 +24,7 @@ from test_scripts import run
 
 from lgm_dist.cluster.connection import prepare_for_ray
 from lgm_dist.cluster.processes import below
-from lgm_dist.runs.job import commit
+from lgm_dist.runs.facts import commit
 from lgm_dist.runs.metrics import read_metrics
 
 SECRET = "0123456789abcdef-not-a-key"

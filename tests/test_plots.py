@@ -15,17 +15,19 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers.steps import train_step
 from PIL import Image
 
 from lgm_dist.config import Config, Protocol
-from lgm_dist.console import tell
+from lgm_dist.console import notify
 from lgm_dist.data import open_bank, sample_episodes
 from lgm_dist.model import LGMNet
 from lgm_dist.report import plots
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.metrics import MetricsLog
 from lgm_dist.runs.progress import Progress
-from lgm_dist.training.engine import evaluate, make_optimizer, train_step
+from lgm_dist.training.evaluation import evaluate
+from lgm_dist.training.schedule import make_optimizer
 
 
 def train(config: Config, run: Path) -> Path:
@@ -339,7 +341,7 @@ def test_a_sentence_stands_above_the_bar_on_a_line_of_its_own(
         write(tmp_path, 1, 6)
         progress._update()
         progress._bar.refresh()
-        tell("something has happened")
+        notify("something has happened")
     lines = capsys.readouterr().err.splitlines()
     assert "something has happened" in lines
     assert any(" 6/12 " in line for line in lines[lines.index("something has happened") :])
@@ -366,7 +368,7 @@ def test_a_bar_that_nobody_reads_any_more_ends_no_run(
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         thread.join(10)
-        tell("a sentence that nobody reads")
+        notify("a sentence that nobody reads")
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             broken.close()

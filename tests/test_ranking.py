@@ -11,7 +11,7 @@ from ranking import Importance, difference, importances, levels, sample_of
 from swept import LR, NOISE, NORM, SCOPE, WEIGHT_DECAY, add, begin, same, winner_and_second
 
 from lgm_dist.runs.sweep_folder import read_sweep
-from lgm_dist.training.engine import Score
+from lgm_dist.training.evaluation import Score
 
 
 @pytest.fixture

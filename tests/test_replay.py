@@ -114,11 +114,12 @@ def test_a_failure_is_said_and_ends_with_status_1(tmp_path: Path) -> None:
 
 def test_evaluate_is_a_run_of_its_own(tmp_path: Path, small: Config) -> None:
     from lgm_dist.runs import checkpoint
-    from lgm_dist.training.engine import Worker, make_optimizer
-    from lgm_dist.training.loop import build_model
+    from lgm_dist.training.loop import build_network
+    from lgm_dist.training.schedule import make_optimizer
+    from lgm_dist.training.worker import Worker
 
     config = small.replace(name="a-run", storage=str(tmp_path), wandb="disabled")
-    model = build_model(config, Worker())
+    model = build_network(config, Worker())
     state = checkpoint.TrainState(4, 0.5, 0.1)
     run = write_run(tmp_path / "a-run", config, [row(4)])
     folder = checkpoint.save(run, state, model, make_optimizer(model, config), config)

@@ -21,7 +21,8 @@ from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config, ModelConfig
 from lgm_dist.report import write_report
 from lgm_dist.report.charts import Line, chart, thin
-from lgm_dist.runs.job import make_job, read_result
+from lgm_dist.runs.folder import read_result
+from lgm_dist.runs.job import make_job
 from lgm_dist.runs.metrics import read_metrics
 
 BASE = Config.of(data="fc100", meta_batch=10, epochs=1, steps_per_epoch=300, eval_episodes=4, wandb="disabled")

@@ -14,7 +14,7 @@ import pytest
 from lgm_dist.cluster import fit as ray_train
 from lgm_dist.cluster.fit import fit
 from lgm_dist.config import Config
-from lgm_dist.console import status_of
+from lgm_dist.console import run_command
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -31,7 +31,7 @@ def script(name: str) -> ModuleType:
 
 def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    return status_of(script(name).main)
+    return run_command(script(name).main)
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from lgm_dist.cluster.connection import disconnect, start_local_ray
 from lgm_dist.cluster.fit import fit
 from lgm_dist.cluster.processes import below
 from lgm_dist.config import Config
-from lgm_dist.console import RunFailed
-from lgm_dist.runs.job import read_result
+from lgm_dist.errors import RunFailed
+from lgm_dist.runs.folder import read_result
 from lgm_dist.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +150,7 @@ STOPPABLE = """
 import sys
 from pathlib import Path
 from test_train import config, fit
-from lgm_dist.console import RunFailed
+from lgm_dist.errors import RunFailed
 import torch
 torch.set_num_threads(1)
 try:

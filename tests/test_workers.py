@@ -22,8 +22,9 @@ from worker_processes import run_workers, train
 
 from lgm_dist.config import Config, ModelConfig
 from lgm_dist.data import open_bank
-from lgm_dist.training.engine import Worker, evaluate
-from lgm_dist.training.loop import build_model
+from lgm_dist.training.evaluation import evaluate
+from lgm_dist.training.loop import build_network
+from lgm_dist.training.worker import Worker
 
 STEPS, UNEVEN_STEPS, EVAL_EPISODES = 20, 3, 30
 WORLD_SIZES = (1, 2, 4)
@@ -65,7 +66,7 @@ def work(worker: Worker, config: Config, weights: Path) -> dict[str, Any]:
 
 def accuracies(worker: Worker, config: Config, weights: Path) -> dict[str, list[float]]:
     """Accuracy of every val episode of the trained network, by protocol and method."""
-    model = build_model(config, worker)
+    model = build_network(config, worker)
     model.load_state_dict(torch.load(weights))
     bank, found = open_bank(config.data.name, "val", config.data.cache), {}
     for protocol, draws in (("standard", 0), ("standard", 3), ("paper", 1)):

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.steps import train_step
 from torch import Tensor, distributed
 
-from lgm_dist.cluster.collectives import data_parallel, make_all_reduce
+from lgm_dist.cluster.collectives import make_worker
 from lgm_dist.config import Config
 from lgm_dist.data import open_bank, sample_episodes
-from lgm_dist.training.engine import Worker, make_optimizer, train_step
-from lgm_dist.training.loop import build_model
+from lgm_dist.training.loop import build_network
+from lgm_dist.training.schedule import make_optimizer
+from lgm_dist.training.worker import Worker
 
 _PATIENCE = 120  # seconds until a run of processes counts as hung
 
@@ -56,7 +58,7 @@ def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any],
         world_size=world_size,
         timeout=timedelta(seconds=_PATIENCE / 2),
     )
-    worker = Worker(rank, world_size, "cpu", make_all_reduce(rank, world_size, "cpu"))
+    worker = make_worker(rank, world_size, "cpu", lambda: None)
     torch.save(work(worker, *arguments), folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -64,13 +66,12 @@ def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any],
 def train(worker: Worker, config: Config, dtype: torch.dtype, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     """The steps of lgm_dist.training.loop.train_fn in `dtype`: the meta-batch's loss at each, and the model's state after."""
     bank = open_bank(config.data.name, "train", config.data.cache)
-    model = build_model(config, worker).to(dtype).train()
-    parallel = data_parallel(model, worker)
+    model = build_network(config, worker).to(dtype).train()
+    parallel = worker.data_parallel(model)
     optimizer, losses = make_optimizer(model, config), []
     for step in range(steps):
-        first, count = worker.slice_of(step * config.episodes.meta_batch, config.episodes.meta_batch)
+        first, count, weight = worker.slice_of(step * config.episodes.meta_batch, config.episodes.meta_batch)
         batch = sample_episodes(bank, config, "train", first, count)
         batch = replace(batch, images=batch.images.to(dtype), noise=batch.noise.to(dtype))
-        weight = count * worker.world_size / config.episodes.meta_batch
         losses.append(worker.mean(train_step(parallel, optimizer, batch, config, step, weight))[0].item())
     return losses, {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -27,13 +27,14 @@ from trial import EXPLOITABLE, Plan, run_trial
 
 from lgm_dist.cluster.connection import connect, disconnect
 from lgm_dist.config import Config, marked
-from lgm_dist.console import RunFailed, leak_note
+from lgm_dist.console import leak_note
 from lgm_dist.data import open_bank
+from lgm_dist.errors import RunFailed
 from lgm_dist.report import write_report
 from lgm_dist.runs.checkpoint import load_model
 from lgm_dist.runs.job import device_of
 from lgm_dist.runs.sweep_folder import Trial, read_sweep
-from lgm_dist.training.engine import evaluate
+from lgm_dist.training.evaluation import evaluate
 
 for module in ("spaces", "trial"):
     # The workers of a submitted job have the repository's root in their path, not this folder.

@@ -14,7 +14,8 @@ from tyro.conf import OmitArgPrefixes, Suppress, arg
 
 from lgm_dist.cli.flags import EpisodesFlags, Flags, parse
 from lgm_dist.config import Config
-from lgm_dist.console import RunFailed, status_of
+from lgm_dist.console import run_command
+from lgm_dist.errors import RunFailed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,4 +82,4 @@ def cells_of(config: Config, flags: GridFlags) -> list[Config]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also between two cells, where no run listens for it
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

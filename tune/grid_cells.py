@@ -16,12 +16,14 @@ from spaces import images_per_step
 from lgm_dist.cluster import connection as ray_cluster
 from lgm_dist.cluster import fit as ray_train
 from lgm_dist.config import Config
-from lgm_dist.console import RunFailed
 from lgm_dist.data import ImageBank, open_bank
 from lgm_dist.data.prepare import ensure_manifest
+from lgm_dist.errors import RunFailed
 from lgm_dist.runs.checkpoint import best, load_model
-from lgm_dist.runs.job import CONFIG, RESULT, device_of, make_job, open_banks, read_result, threads_of
-from lgm_dist.training.engine import Worker, evaluate
+from lgm_dist.runs.folder import CONFIG, RESULT, read_result
+from lgm_dist.runs.job import device_of, make_job, open_banks, threads_of
+from lgm_dist.training.evaluation import evaluate
+from lgm_dist.training.worker import Worker
 
 CROSS = "cross.json"
 """In a cell's run: {"step" of the evaluated checkpoint, "scores": {cell: {"accuracy", "ci95", "episodes"}}}."""

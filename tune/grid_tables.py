@@ -14,7 +14,7 @@ from spaces import images_per_step
 
 from lgm_dist.config import Config
 from lgm_dist.console import leak_note, table
-from lgm_dist.runs.job import FACTS, read_result
+from lgm_dist.runs.folder import FACTS, read_result
 
 MISSING = "—"
 HEADER = (

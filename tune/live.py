@@ -13,8 +13,9 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from trial import Plan, identify
 
-from lgm_dist.console import RunFailed, table
-from lgm_dist.runs.job import read_config
+from lgm_dist.console import table
+from lgm_dist.errors import RunFailed
+from lgm_dist.runs.folder import read_config
 from lgm_dist.runs.sweep_folder import Trial, read_sweep, read_trial, write_trial
 from lgm_dist.tracking.mirror import Mirror
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from spaces import Choice, LogUniform, Param, Sample, Space, read_space
 
 from lgm_dist.runs.sweep_folder import Sweep, Trial
-from lgm_dist.training.engine import Score
+from lgm_dist.training.evaluation import Score
 
 FORESTS = 5
 """Random forests, each of another seed, whose importances are averaged."""

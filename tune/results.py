@@ -12,7 +12,7 @@ from ranking import difference, leak, levels, sample_of, short, space_of
 from spaces import images_per_step
 
 from lgm_dist.console import leak_note, table
-from lgm_dist.runs.job import CONFIG, read_config
+from lgm_dist.runs.folder import CONFIG, read_config
 from lgm_dist.runs.sweep_folder import Sweep, Trial, read_sweep
 
 CSV, COMPARISON = "results.csv", "comparison.md"

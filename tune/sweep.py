@@ -27,7 +27,7 @@ from spaces import (
 
 from lgm_dist.cli.flags import Flags, parse
 from lgm_dist.config import Config
-from lgm_dist.console import status_of
+from lgm_dist.console import run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ def main(argv: list[str]) -> None:
 
 def _begin(folder: Path, config: Config, flags: SweepFlags, argv: list[str]) -> None:
     """Checks everything, before Ray starts, and writes sweep.json."""
-    from lgm_dist.runs.job import commit, make_folder
+    from lgm_dist.runs.facts import commit
+    from lgm_dist.runs.folder import make_folder
     from lgm_dist.runs.sweep_folder import SWEEP
 
     if (folder / SWEEP).exists():
@@ -168,4 +169,4 @@ def _check_images(base: Config, space: Space) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of(main))
+    sys.exit(run_command(main))

@@ -23,7 +23,8 @@ from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config
 from lgm_dist.data.lock import exclusive
 from lgm_dist.runs import checkpoint
-from lgm_dist.runs.job import CONFIG, Job, make_job
+from lgm_dist.runs.folder import CONFIG
+from lgm_dist.runs.job import Job, make_job
 from lgm_dist.runs.metrics import read_metrics
 from lgm_dist.runs.sweep_folder import TRIAL, Trial, read_trial, write_trial
 

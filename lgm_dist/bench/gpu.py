@@ -11,10 +11,10 @@ import torch
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain
 from lgm_dist.config import Config, Split
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.device import DeviceSampler
 from lgm_dist.model import LGMNet
-from lgm_dist.training.engine import Worker, make_optimizer
-from lgm_dist.training.steps import DeviceSteps, Steps
+from lgm_dist.training.episodes_task import Episodes
+from lgm_dist.training.step import EagerStep, make_step
+from lgm_dist.training.worker import Worker
 
 WAYS: dict[str, tuple[str, bool]] = {
     f"{precision}{', CUDA graph' if graph else ''}": (precision, graph)
@@ -64,14 +64,16 @@ def gpu(
     return Section("gpu", "scripts/bench.py gpu", header, rows, note, {"seconds": plain(found), "failed": failed})
 
 
-def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Steps:
-    """Steps of a network with weights of its own."""
+def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Callable[[int], object]:
+    """A function that takes the step of this number, of a network with weights of its own."""
     precision, graph = WAYS[way]
     config = config.replace(precision=precision)
     torch.manual_seed(0)
     model = LGMNet(config.model).train().to(device)
-    sampler = DeviceSampler(bank, config, device)
-    return DeviceSteps(model, model, make_optimizer(model, config), sampler, Worker(device=device), graph=graph)
+    task = Episodes(config, {"train": bank}, Worker(device=device))
+    optimizer = task.optimizer(model)
+    take_step = make_step(task, model, model, optimizer, 0) if graph else EagerStep(task, model, optimizer)
+    return lambda step: take_step(task.batch(step), step)
 
 
 def _timed(work: Callable[[int], object], device: str) -> Callable[[], float]:

@@ -16,7 +16,7 @@ from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import gather_episodes, load_images, sample_episodes
 from lgm_dist.model import LGMNet
-from lgm_dist.training.engine import evaluate
+from lgm_dist.training.evaluation import evaluate
 from lgm_dist.training.memory import keep_freed_memory
 
 EPISODES = 64

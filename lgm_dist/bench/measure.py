@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lgm_dist.console import table
-from lgm_dist.runs.job import commit
+from lgm_dist.runs.facts import commit
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
-from lgm_dist.bench.steps import REFERENCE, Steps, contender
+from lgm_dist.bench.steps import REFERENCE, StepSetup, contender
 from lgm_dist.config import ModelConfig
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
@@ -37,9 +37,9 @@ def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Secti
         kinds.append("ours-bf16")
     rows, values = [], {}
     for ways, shot in settings:
-        ours = Steps("ours", ways, shot)
+        ours = StepSetup("ours", ways, shot)
         found, losses = race({kind: replace(ours, kind=kind) for kind in kinds}, rounds)
-        speed = {kind: spread.each(lambda seconds: Steps.meta_batch / seconds) for kind, spread in found.items()}
+        speed = {kind: spread.each(lambda seconds: StepSetup.meta_batch / seconds) for kind, spread in found.items()}
         faster, kept = ratio(found["plain"], found["ours"]), ratio(found["plain-kept"], found["ours"])
         apart = abs(losses["ours"] - losses["plain"])
         name = f"{ways}-way {shot}-shot"
@@ -53,14 +53,14 @@ def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Secti
             "loss": apart,
         }
     note = (
-        f"Meta-batch 32, 32 x 32 pixels, {Steps('ours').threads} threads, float32; median [smallest, largest] of {rounds} "
+        f"Meta-batch 32, 32 x 32 pixels, {StepSetup('ours').threads} threads, float32; median [smallest, largest] of {rounds} "
         "rounds in turn, each contender in a process of its own. plain: PyTorch as it comes, a loop over episodes, NCHW. "
         "In brackets: the ratio to it where it keeps freed memory, as our training does."
     )
     return Section("step", "scripts/bench.py step", STEP_HEADER, rows, note, values)
 
 
-def race(contenders: Mapping[str, Steps], rounds: int) -> tuple[dict[str, Spread], Loss]:
+def race(contenders: Mapping[str, StepSetup], rounds: int) -> tuple[dict[str, Spread], Loss]:
     """Seconds of a step of each, and the loss of its first step."""
     with contextlib.ExitStack() as stack:
         steps = {name: stack.enter_context(contender(c)) for name, c in contenders.items()}
@@ -77,7 +77,7 @@ def race(contenders: Mapping[str, Steps], rounds: int) -> tuple[dict[str, Spread
         return in_turn({name: timed(name) for name in contenders}, rounds), losses
 
 
-def flops(steps: Steps, model: ModelConfig | None = None) -> int:
+def flops(steps: StepSetup, model: ModelConfig | None = None) -> int:
     """Of an episode, forward and backward: 2 a multiply-add, convolutions and matrix products only (lgmnet-spec section 9)."""
     model = model or ModelConfig()
     f, support = model.filters, steps.ways * steps.shot
@@ -100,7 +100,7 @@ def flops(steps: Steps, model: ModelConfig | None = None) -> int:
 
 def floor(rounds: int) -> Section:
     """How far a step is from what its FLOPs would take at the rate of torch's best convolution on this machine."""
-    steps = Steps("ours")
+    steps = StepSetup("ours")
     torch.set_num_threads(steps.threads)
     x = torch.randn(192, 64, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
     kernel = torch.randn(64, 64, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -149,7 +149,7 @@ def _seconds(work: Callable[[], tuple[Tensor, ...]]) -> float:
 
 def memory() -> Section:
     """Peak memory of a worker at the largest of the seed's settings."""
-    steps = Steps("ours", 20, 5)
+    steps = StepSetup("ours", 20, 5)
     with contender(steps) as take:
         found = [take() for _ in range(3)][-1]
     row = ("20-way 5-shot, meta-batch 32, 1 query", f"{found['peak_bytes'] / 2**30:.2f} GiB", "4 GiB")
@@ -160,12 +160,12 @@ def memory() -> Section:
 
 
 GROWTH = (
-    Steps("ours"),
-    *(Steps("ours", ways=ways) for ways in (10, 20)),
-    *(Steps("ours", shot=shot) for shot in (2, 5)),
-    *(Steps("ours", queries=queries) for queries in (5, 15)),
-    *(Steps("ours", meta_batch=size) for size in (8, 16, 64)),
-    Steps("ours", meta_batch=8, size=84),
+    StepSetup("ours"),
+    *(StepSetup("ours", ways=ways) for ways in (10, 20)),
+    *(StepSetup("ours", shot=shot) for shot in (2, 5)),
+    *(StepSetup("ours", queries=queries) for queries in (5, 15)),
+    *(StepSetup("ours", meta_batch=size) for size in (8, 16, 64)),
+    StepSetup("ours", meta_batch=8, size=84),
 )
 
 

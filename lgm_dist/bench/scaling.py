@@ -15,15 +15,19 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
-from lgm_dist.bench.steps import ROOT, Steps, batch_of
+from lgm_dist.bench.steps import ROOT, StepSetup, batch_of
 from lgm_dist.cluster.collectives import all_reduce, data_parallel, make_all_reduce
 from lgm_dist.config import Config
 from lgm_dist.model import AllReduce
-from lgm_dist.training.engine import Worker, make_optimizer, train_step
-from lgm_dist.training.loop import build_model
+from lgm_dist.training.episodes_task import Episodes
+from lgm_dist.training.loop import build_network
 from lgm_dist.training.memory import keep_freed_memory, peak_memory
+from lgm_dist.training.schedule import make_optimizer
+from lgm_dist.training.step import train_step
+from lgm_dist.training.worker import Worker
 
 META_BATCH, STEPS = 32, 12
 GRADIENTS = 2_661_376 * 4
@@ -126,23 +130,22 @@ def _worker(store: str, world_size: int, rank: int, *words: str) -> dict[str, fl
     """Seconds of a step of this worker, and what it tells the others in one: collectives and bytes of the normalisation."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    config, batch = Config.of(meta_batch=META_BATCH), batch_of(Steps("ours", meta_batch=META_BATCH // world_size))
-    model = build_model(config, Worker())
+    config, batch = Config.of(meta_batch=META_BATCH), batch_of(StepSetup("ours", meta_batch=META_BATCH // world_size))
+    model = build_network(config, Worker())
     told: list[int] = []
     together = world_size > 1 and "apart" not in words
     if together:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", world_size=world_size, rank=rank)
-    worker = Worker()
+    parallel: nn.Module = model.train()
     if together:
         sums = make_all_reduce(rank, world_size, "cpu")
-        worker = Worker(rank, world_size, all_reduce=sums)
         model.reduce_over(_counted(sums, told))
-    parallel = data_parallel(model, worker).train()
-    optimizer = make_optimizer(model, config)
+        parallel = data_parallel(model, sums, world_size)
+    optimizer, task = make_optimizer(model, config), Episodes(config, {}, Worker())
     taken = []
     for _ in range(3 + STEPS):
         told.clear()
-        taken.append(_timed(lambda: float(train_step(parallel, optimizer, batch, config, 0)[0])))
+        taken.append(_timed(lambda: float(train_step(task, parallel, optimizer, batch, 0)[0])))
     found = {"seconds": Spread(tuple(taken[3:])).median, "collectives": len(told), "bytes": sum(told)}
     found["peak_bytes"] = peak_memory()
     if together:

@@ -25,8 +25,11 @@ from torch.nn import functional as F
 from lgm_dist.config import Config
 from lgm_dist.data.episodes import EpisodeBatch
 from lgm_dist.model import LGMNet
-from lgm_dist.training.engine import make_optimizer, train_step
+from lgm_dist.training.episodes_task import Episodes
 from lgm_dist.training.memory import keep_freed_memory, peak_memory
+from lgm_dist.training.schedule import make_optimizer
+from lgm_dist.training.step import train_step
+from lgm_dist.training.worker import Worker
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests/reference.py"
@@ -34,7 +37,7 @@ REFERENCE = ROOT / "tests/reference.py"
 
 
 @dataclass(frozen=True)
-class Steps:
+class StepSetup:
     """What a contender trains: `kind` is ours, ours-bf16, plain (the reference) or plain-kept (it keeps freed memory)."""
 
     kind: str
@@ -47,7 +50,7 @@ class Steps:
     threads: int = 2
 
 
-def batch_of(steps: Steps) -> EpisodeBatch:
+def batch_of(steps: StepSetup) -> EpisodeBatch:
     """Random episodes, always the same."""
     random = np.random.default_rng(0)
     b, s, t = steps.meta_batch, steps.ways * steps.shot, steps.queries
@@ -57,7 +60,7 @@ def batch_of(steps: Steps) -> EpisodeBatch:
     return EpisodeBatch(torch.from_numpy(images).permute(0, 1, 4, 2, 3), labels, noise, s)
 
 
-def stepper(steps: Steps) -> Callable[[], float]:
+def stepper(steps: StepSetup) -> Callable[[], float]:
     """A function that takes one optimizer step and returns its loss."""
     torch.set_num_threads(steps.threads)
     if steps.kind != "plain":
@@ -67,9 +70,9 @@ def stepper(steps: Steps) -> Callable[[], float]:
     if steps.kind == "ours-bf16":
         config = config.replace(precision="bf16")
     model = LGMNet().train()
-    optimizer = make_optimizer(model, config)
+    optimizer, task = make_optimizer(model, config), Episodes(config, {}, Worker())
     if steps.kind in ("ours", "ours-bf16"):
-        return lambda: float(train_step(model, optimizer, batch, config, 0)[0])
+        return lambda: float(train_step(task, model, optimizer, batch, 0)[0])
     network = _reference().EagerLGMNet(model.state_dict(keep_vars=True))
     plain = replace(batch, images=batch.images.contiguous())
 
@@ -94,7 +97,7 @@ def _reference() -> ModuleType:
 
 
 @contextlib.contextmanager
-def contender(steps: Steps) -> Iterator[Callable[[], dict[str, float]]]:
+def contender(steps: StepSetup) -> Iterator[Callable[[], dict[str, float]]]:
     """A process that takes one step a call: {"seconds", "loss", "peak_bytes"}; it sleeps in between."""
     environment = os.environ | {"OMP_NUM_THREADS": str(steps.threads)}
     command = [sys.executable, "-m", "lgm_dist.bench.steps", json.dumps(asdict(steps))]
@@ -121,7 +124,7 @@ def contender(steps: Steps) -> Iterator[Callable[[], dict[str, float]]]:
 def main(argument: str) -> None:
     """The contender's process: a line of JSON for each line that it is given."""
     values: dict[str, Any] = json.loads(argument)
-    step = stepper(Steps(**values))
+    step = stepper(StepSetup(**values))
     for _ in sys.stdin:
         start = time.perf_counter()
         loss = step()

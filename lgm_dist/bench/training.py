@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from lgm_dist.bench.measure import Section, Spread, plain, ratio
-from lgm_dist.bench.steps import ROOT, Steps, contender
+from lgm_dist.bench.steps import ROOT, StepSetup, contender
 from lgm_dist.runs.metrics import read_metrics
 
 STEPS, STARTING = 60, 20
@@ -22,7 +22,7 @@ def train(data: str, data_root: str, rounds: int) -> Section:
     The model's own step is timed in turn with them, in a process of its own, on random episodes of the same size.
     """
     found: dict[str, list[float]] = {name: [] for name in ("first 0", "first 1", "step 0", "step 1", "alone")}
-    steps = Steps("ours", queries=5)
+    steps = StepSetup("ours", queries=5)
     for turn in range(rounds + 1):
         for workers in (0, 1):
             first, each = _run(data, data_root, workers)

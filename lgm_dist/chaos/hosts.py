@@ -21,7 +21,7 @@ from typing import Any
 from lgm_dist.chaos.elastic import ELASTIC, SETTINGS, compared, world_sizes
 from lgm_dist.chaos.trainings import Outcome, Training, past_this_step
 from lgm_dist.cluster.processes import below, handles, kill
-from lgm_dist.console import RunFailed
+from lgm_dist.errors import RunFailed
 
 _HERE, _THERE, _PORT = "10.77.0.1", "10.77.0.2", 6379
 _RAY = str(Path(sys.executable).with_name("ray"))

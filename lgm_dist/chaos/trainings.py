@@ -13,7 +13,8 @@ from statistics import median
 from typing import ClassVar
 
 from lgm_dist.cluster.processes import below
-from lgm_dist.console import RunFailed, table
+from lgm_dist.console import table
+from lgm_dist.errors import RunFailed
 from lgm_dist.runs.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -74,7 +74,6 @@ class Flags:
     """Starting point instead of a preset: a JSON file such as a run's config.json or a sweep's best.json."""
 
 
-FLAGS = {"data": DataFlags, "episodes": EpisodesFlags, "model": ModelFlags, "optim": OptimFlags, "run": RunFlags}
 F = TypeVar("F", bound=Flags)
 
 
@@ -93,7 +92,8 @@ def parse(cls: type[F], argv: list[str], base: Config | None = None) -> tuple[Co
     first.add_argument("--config", default="")
     start = first.parse_known_args(argv)[0]
     chosen = _read(start.config) if start.config else _preset(start.preset)
-    groups = {name: _as_flags(name, getattr(_with_defaults(chosen, base or Config()), name)) for name in GROUPS}
+    defaults = _with_defaults(chosen, base or Config())
+    groups = {name: _as_flags(type(getattr(cls(), name)), getattr(defaults, name)) for name in GROUPS}
     default = cls(**groups, preset=start.preset, config=start.config)
     flags = tyro.cli(cls, default=default, args=_split_workers(argv), description=_description(cls))
     return Config(**{name: _as_config(name, getattr(flags, name)) for name in GROUPS}), flags
@@ -107,8 +107,8 @@ def _with_defaults(chosen: Config, base: Config) -> Config:
     )
 
 
-def _as_flags(group: str, values: Any) -> Any:
-    return FLAGS[group](**{field.name: getattr(values, field.name) for field in dataclasses.fields(values)})
+def _as_flags(cls: type[Any], values: Any) -> Any:
+    return cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(values)})
 
 
 def _as_config(group: str, flags: Any) -> Any:

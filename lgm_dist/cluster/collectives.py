@@ -13,13 +13,15 @@ import os
 import platform
 import secrets
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lgm_dist.model import AllReduce, LGMNet
-from lgm_dist.training.engine import Worker
+from lgm_dist.model import AllReduce
+from lgm_dist.training.worker import Worker
 
 _PIECE = 512 * 1024
 """Bytes that a worker hands over at once: as many as stay in its cache until they are summed."""
@@ -123,21 +125,28 @@ class SharedMemory:
                 raise RuntimeError(f"worker {rank} (process {pid}) has ended") from None
 
 
-def data_parallel(model: LGMNet, worker: Worker) -> nn.Module:
-    """The network with its gradients averaged over the workers, if there are several."""
-    if worker.world_size == 1:
-        return model
+def make_worker(rank: int, world_size: int, device: str, heartbeat: Callable[[], None]) -> Worker:
+    """A worker of the process group, with the fastest ways to sum and to average gradients. All workers call it together."""
+    if world_size == 1:
+        return Worker(device=device, heartbeat=heartbeat)
+    sums = make_all_reduce(rank, world_size, device)
+    return Worker(rank, world_size, device, sums, partial(data_parallel, sums=sums, world_size=world_size), heartbeat)
+
+
+def data_parallel(model: nn.Module, sums: AllReduce, world_size: int) -> nn.Module:
+    """Wrap the network so that its gradients are averaged over the workers."""
     # the buffers are the normalisation's averages, which are equal on all workers by themselves
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    if isinstance(worker.all_reduce, SharedMemory):
+    if isinstance(sums, SharedMemory):
         # torch refuses a hook whose annotations are strings, as they are here
-        parallel.register_comm_hook(worker, lambda worker, bucket: _mean(worker, bucket.buffer()))
+        parallel.register_comm_hook(sums, lambda sums, bucket: _mean(sums, bucket.buffer(), world_size))
     return parallel
 
 
-def _mean(worker: Worker, gradients: Tensor) -> torch.futures.Future[Tensor]:
+def _mean(sums: AllReduce, gradients: Tensor, world_size: int) -> torch.futures.Future[Tensor]:
+    sums(gradients)
     future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(worker.sum(gradients).div_(worker.world_size))
+    future.set_result(gradients.div_(world_size))
     return future
 
 

@@ -13,19 +13,23 @@ from typing import Any
 
 import torch
 
-from lgm_dist.cluster.collectives import make_all_reduce
+from lgm_dist.cluster.collectives import make_worker
 from lgm_dist.cluster.connection import RayEnded, Watch, connect, disconnect, on_cluster, prepare_for_ray
 from lgm_dist.config import Config
-from lgm_dist.console import RunFailed, tell
+from lgm_dist.console import notify
 from lgm_dist.data import open_bank
+from lgm_dist.errors import RunFailed
 from lgm_dist.runs import checkpoint
-from lgm_dist.runs.job import RESULT, Job, device_of, make_job, owned, persist
+from lgm_dist.runs.folder import RESULT, lock_run, retry_writes
+from lgm_dist.runs.job import Job, device_of, make_job
 from lgm_dist.runs.metrics import METRICS
 from lgm_dist.runs.progress import Progress
+from lgm_dist.runs.record import train_fn
+from lgm_dist.runs.stop import STOP, stop_on_signals
 from lgm_dist.tracking.mirror import Mirror
-from lgm_dist.training.engine import Worker
-from lgm_dist.training.loop import STOP, NotFinite, Report, stop_on_signals, train_fn
+from lgm_dist.training.loop import NotFinite, Report
 from lgm_dist.training.memory import ONE_ARENA, keep_freed_memory
+from lgm_dist.training.worker import Worker
 
 _FOR_EVER = 10**6  # seconds
 
@@ -40,7 +44,7 @@ def fit(config: Config, group: str = "") -> Path:
     """
     job = make_job(config)
     run = Path(job.run)
-    with owned(run), Progress(run, config), Mirror(run, config, group), stop_on_signals(run):
+    with lock_run(run), Progress(run, config), Mirror(run, config, group), stop_on_signals(run):
         train(job)
         if not (run / RESULT).exists():
             kept = checkpoint.states_of(run)
@@ -86,7 +90,7 @@ def _train_with_ray(job: Job, config: Config, listen: Callable[[], None]) -> Non
     what = ""
     for attempt in range(config.run.max_failures + 1):
         if attempt:
-            tell(f"{what}; training starts again from the last checkpoint")
+            notify(f"{what}; training starts again from the last checkpoint")
         what = _fit_with_ray(job, config, listen)
         if not what or (Path(job.run) / STOP).exists():
             return
@@ -146,12 +150,12 @@ def _trainer(job: Job, config: Config, alone: bool, watch: Callable[[], None]) -
         """Says in the controller's output that workers are replaced."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-            tell(f"{_first_failure(worker_exceptions)}; the workers start again from the last checkpoint")
+            notify(f"{_first_failure(worker_exceptions)}; the workers start again from the last checkpoint")
 
     # Ray Train reads it at a start, and fails where a checkpoint that it lists is no longer kept; `restore` needs it not.
     # A storage that is away is waited for here: in its place, Ray Train would make the run's folder anew.
     listed = Path(job.run) / "checkpoints" / "checkpoint_manager_snapshot.json"
-    persist(Path(job.run), config.run.storage_seconds, listed.unlink, missing_ok=True)
+    retry_writes(Path(job.run), config.run.storage_seconds, listed.unlink, missing_ok=True)
     gpu = device_of(config) == "cuda"
     return Trainer(
         _ray_worker,
@@ -177,7 +181,7 @@ def _trainer(job: Job, config: Config, alone: bool, watch: Callable[[], None]) -
 
 
 def _ray_worker(values: dict[str, Any]) -> str | None:
-    """What Ray Train runs in each worker; says why the run must not go on, where it must not."""
+    """What Ray Train runs in each worker. Returns why the run must not go on, if so."""
     import ray.train
     import ray.train.torch
     from ray.train.v2._internal.execution import context as reporting
@@ -186,16 +190,21 @@ def _ray_worker(values: dict[str, Any]) -> str | None:
     job, context = Job(**values), ray.train.get_context()
     keep_freed_memory()
     torch.set_num_threads(job.threads)  # Ray starts workers with OMP_NUM_THREADS=1
-    world_size, device = context.get_world_size(), str(ray.train.torch.get_device())
-    rank = context.get_world_rank()
-    worker = Worker(rank, world_size, device, make_all_reduce(rank, world_size, device) if world_size > 1 else None)
+    heartbeat = partial(_heartbeat, Config.from_dict(job.config).run.hang_seconds)
+    device = str(ray.train.torch.get_device())
     try:
-        train_fn(job, worker, _report)
-    except NotFinite as error:  # which would come again
+        train_fn(job, make_worker(context.get_world_rank(), context.get_world_size(), device, heartbeat), _report)
+    except NotFinite as error:  # it would come again
         return str(error)
     finally:
         faulthandler.cancel_dump_traceback_later()
     return None
+
+
+def _heartbeat(hang_seconds: int) -> None:
+    """End this process, after showing where it is, unless it is here again within `hang_seconds` (0: no limit)."""
+    if hang_seconds:
+        faulthandler.dump_traceback_later(hang_seconds, exit=True, file=2)
 
 
 def _report(_: int, metrics: dict[str, float], folder: Path | None) -> None:

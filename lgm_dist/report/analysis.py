@@ -40,7 +40,9 @@ from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_noise, draw_rows
 from lgm_dist.model import LGMNet
 from lgm_dist.runs import checkpoint
-from lgm_dist.training.engine import Score, Worker, answers, arithmetic, embed_images, own_draws
+from lgm_dist.training.arithmetic import arithmetic
+from lgm_dist.training.evaluation import Score, embed_images, predictions, protocol_draws
+from lgm_dist.training.worker import Worker
 
 ANALYSIS = "analysis.json"
 TASKS, SUPPORTS = 10, 20
@@ -92,7 +94,9 @@ def _decisions(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any]
     classes = draw_rows(bank, config, bank.split, 0, episodes).classes  # (E, N)
     confusion, met = np.zeros((n, n), np.int64), np.zeros((n, n), np.int64)
     asked, right = np.zeros((episodes, n), np.int64), np.zeros((episodes, n), np.int64)
-    for first, log_p, labels in answers(model, bank, config, bank.split, episodes, own_draws(config), Worker()):
+    for first, log_p, labels in predictions(
+        model, bank, config, bank.split, episodes, protocol_draws(config), Worker()
+    ):
         index = np.arange(first, first + len(labels))[:, None]  # (B, 1)
         true = classes[index, labels.numpy()]  # (B, T)
         taken = classes[index, log_p[-1].argmax(-1).numpy()]  # (B, T)

@@ -23,7 +23,7 @@ from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_rows, sample_episodes, to_pixels
 from lgm_dist.report.analysis import read_analysis
 from lgm_dist.runs import checkpoint
-from lgm_dist.runs.job import read_config
+from lgm_dist.runs.folder import read_config
 from lgm_dist.runs.metrics import read_metrics
 
 CURVES, EPISODE, CONFUSION, WEIGHTS = "curves.png", "episode.png", "confusion.png", "weights.png"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lgm_dist.config import Config
-from lgm_dist.runs.job import CONFIG, FACTS, RESULT, read_config
+from lgm_dist.runs.folder import CONFIG, FACTS, RESULT, read_config
 from lgm_dist.runs.metrics import METRICS, read_metrics
 from lgm_dist.runs.sweep_folder import SWEEP, TRIAL, Trial, read_trial
 

@@ -1,7 +1,7 @@
-"""Checkpoints: folders `checkpoints/step-00001000` with state.pt (tensors) and state.json (all else). torch and JSON, no Ray.
+"""Checkpoints: folders `checkpoints/step-00001000` with state.pt (tensors) and state.json (everything else).
 
 A checkpoint is complete or absent: it is written beside its place and renamed, state.json carries the digests of all files
-and of itself, and files load without executing anything. The newest two and the best on val are kept.
+and of itself, and the files load without executing anything. The newest two and the best on val are kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +23,24 @@ from torch import nn
 from lgm_dist.config import Config, ModelConfig, differing, marked
 from lgm_dist.model import LGMNet
 from lgm_dist.runs.checkpoint_files import (
-    NAME,
     DamagedCheckpoint,
+    ImageFacts,
     Meta,
     TrainState,
     check_tensors,
     config_of,
+    folder_name,
     read,
     read_file,
     read_meta,
     sha256,
     step_of,
 )
-from lgm_dist.training.engine import Evaluation
+from lgm_dist.training.evaluation import Evaluation
 
 __all__ = [
     "DamagedCheckpoint",
+    "ImageFacts",
     "TrainState",
     "adopt",
     "best",
@@ -58,17 +61,19 @@ def save(
     config: Config,
     val: Evaluation | None = None,
     data: str = "",
+    images: ImageFacts | None = None,
 ) -> Path:
-    """Writes the checkpoint of `state` into the run's folder, drops those no longer needed, returns its folder.
+    """Write the checkpoint of `state` into the run's folder, drop those that are no longer needed, and return its folder.
 
-    The accuracies of `val`'s episodes are kept with it, see `val_accuracies`. `data` is the digest of the data set's manifest.
+    The accuracies of the episodes of `val` are kept with it, see `val_accuracies`. `data` is the digest of the data set's
+    manifest. Raises OSError, with the step, if the checkpoint cannot be written.
     """
-    folder = run / "checkpoints" / f"step-{state.step:08d}"
+    folder = run / "checkpoints" / folder_name(state.step)
     for leftover in folder.parent.glob(".step-*"):  # of a process that was killed here
         shutil.rmtree(leftover)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     beside.mkdir(parents=True)
-    contents = {"state.pt": io.BytesIO()}  # in memory: torch and numpy tell of a full disk in words of their own
+    contents = {"state.pt": io.BytesIO()}  # in memory, because torch and numpy report a full disk in words of their own
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, contents["state.pt"])
     if val:
         contents["val.npy"] = io.BytesIO()
@@ -77,7 +82,7 @@ def save(
     try:
         for name, content in contents.items():
             (beside / name).write_bytes(content.getbuffer())
-        Meta(state, config.to_dict(), digests, data).write(beside)
+        Meta(state, config.to_dict(), digests, data, images).write(beside)
     except OSError as error:
         shutil.rmtree(beside)
         reason = f"{error.strerror}; the checkpoints before it are whole, and the same command goes on from them"
@@ -90,28 +95,33 @@ def save(
     return folder
 
 
-def restore(run: Path, model: LGMNet, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Loads the newest whole checkpoint of the run into model and optimizer; without one, leaves them at step 0.
+def restore(
+    run: Path, model: LGMNet, optimizer_at: Callable[[int], torch.optim.Optimizer | None]
+) -> tuple[TrainState, torch.optim.Optimizer | None]:
+    """Load the newest whole checkpoint of the run into the model and the optimizer of its step, and return both.
 
-    A damaged one is named in a warning and the one before it is used. Raises ValueError for one of another network or of a
-    later format.
+    `optimizer_at` gives the optimizer that trains at a step, or None if a stage begins there. Without a checkpoint the model
+    stays as it is, at step 0. A damaged checkpoint is named in a warning, and the one before it is used. Raises ValueError
+    for a checkpoint of another network or of a later format.
     """
     for folder in reversed(_folders(run)):
         try:
             meta, tensors = read(folder)
             _check_network(folder, meta, model.config)
+            optimizer = optimizer_at(meta.state.step)
             check_tensors(folder, tensors, model, optimizer)
         except DamagedCheckpoint as error:
             warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
             continue
         model.load_state_dict(tensors["model"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        return meta.state
-    return TrainState()
+        if optimizer:
+            optimizer.load_state_dict(tensors["optimizer"])
+        return meta.state, optimizer
+    return TrainState(), None
 
 
 def check(run: Path, config: Config, data: str) -> None:
-    """Raises ValueError where the run's newest checkpoint is of another network than `config.model` or another data set.
+    """Raise ValueError if the run's newest checkpoint is of another network than `config.model` or of another data set.
 
     `data` is the digest of the data set's manifest.
     """
@@ -122,12 +132,12 @@ def check(run: Path, config: Config, data: str) -> None:
 
 
 def newest(run: Path) -> Path:
-    """Folder of the run's newest readable checkpoint. Raises ValueError where there is none."""
+    """Folder of the run's newest readable checkpoint. Raises ValueError if there is none."""
     return list(_some_states(run))[-1]
 
 
 def best(run: Path) -> Path:
-    """Folder of the run's checkpoint with the highest val accuracy (of equals, the earliest)."""
+    """Folder of the run's checkpoint with the highest val accuracy; the earliest of equals."""
     states = _some_states(run)
     return max(states, key=lambda folder: states[folder].val_accuracy)  # max takes the first of equals
 
@@ -135,12 +145,12 @@ def best(run: Path) -> Path:
 def _some_states(run: Path) -> dict[Path, TrainState]:
     states = states_of(run)
     if not states:
-        raise ValueError(f"{run} has no checkpoint; train it with scripts/train.py first")
+        raise ValueError(f"{run} has no checkpoint; train it with lgm-dist train first")
     return states
 
 
 def val_accuracies(folder: Path) -> npt.NDArray[np.float64] | None:
-    """Accuracy of each val episode (n,) at a checkpoint; None where it was not kept, or is damaged, which a warning says."""
+    """Accuracy of each val episode (n,) at a checkpoint; None if it was not kept or, with a warning, if it is damaged."""
     if not (folder / "val.npy").exists():
         return None
     try:
@@ -153,12 +163,28 @@ def val_accuracies(folder: Path) -> npt.NDArray[np.float64] | None:
         return None
 
 
+def read_state(folder: Path) -> TrainState:
+    """The state of a checkpoint. Raises ValueError for a damaged one."""
+    try:
+        return read_meta(folder).state
+    except DamagedCheckpoint as error:
+        raise ValueError(f"{error}; name another run or train it anew") from None
+
+
+def image_facts(folder: Path) -> ImageFacts | None:
+    """What a checkpoint's network has to know about images; None for checkpoints of the first version."""
+    try:
+        return read_meta(folder).images
+    except DamagedCheckpoint as error:
+        raise ValueError(f"{error}; name another run or train it anew") from None
+
+
 def load_model(folder: Path) -> tuple[LGMNet, Config, TrainState]:
     """The network of a checkpoint, in evaluation mode, on the CPU. Raises ValueError for a damaged one."""
     try:
         meta, tensors = read(folder)
         config = config_of(folder, meta)
-        with torch.device("meta"):  # which takes no memory, however large the network that it claims to be
+        with torch.device("meta"):  # takes no memory, however large the network that the checkpoint claims to hold
             check_tensors(folder, tensors, LGMNet(config.model))
     except DamagedCheckpoint as error:
         raise ValueError(f"{error}; name another run or train it anew") from None
@@ -168,9 +194,9 @@ def load_model(folder: Path) -> tuple[LGMNet, Config, TrainState]:
 
 
 def adopt(source: Path, run: Path) -> None:
-    """Makes another run's checkpoint folder `source` the newest checkpoint of `run`, whose own from that step on are dropped.
+    """Make the checkpoint folder `source` of another run the newest checkpoint of `run`, and drop its own from that step on.
 
-    Its val accuracy is not `run`'s and is left behind. Raises ValueError where `source` is damaged.
+    The val accuracy of the other run is left behind. Raises ValueError if `source` is damaged.
     """
     try:
         meta = read(source)[0]
@@ -187,9 +213,9 @@ def adopt(source: Path, run: Path) -> None:
 
 
 def drop_after(run: Path, step: int) -> None:
-    """Removes the run's checkpoints of later steps."""
+    """Remove the run's checkpoints of later steps."""
     for folder in _folders(run):
-        if step_of(folder) > step:
+        if (step_of(folder) or 0) > step:
             shutil.rmtree(folder)
 
 
@@ -200,12 +226,12 @@ def _prune(run: Path) -> None:
 
 def _folders(run: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted((f for f in folders if NAME.fullmatch(f.name)), key=step_of)
+    steps = {folder: step_of(folder) for folder in (run / "checkpoints").glob("step-*")}
+    return sorted((folder for folder, step in steps.items() if step is not None), key=lambda f: steps[f] or 0)
 
 
 def states_of(run: Path) -> dict[Path, TrainState]:
-    """The checkpoints with their states, oldest first; one without a readable state.json is named in a warning."""
+    """The checkpoints with their states, oldest first. One without a readable state.json is named in a warning."""
     states = {}
     for folder in _folders(run):
         try:

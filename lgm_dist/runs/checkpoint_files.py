@@ -1,7 +1,8 @@
 """The files of a checkpoint, and whether they still hold what was written. They load without executing anything.
 
-Formats of state.json: 1 has the digest of state.pt alone (`sha256`) and no data set. 2 has `files` (digests by name), `data`
-(the manifest's digest) and `digest`, that of the record without it; a later format keeps `format` and `digest` as they are.
+state.json has `format`, `state`, `config`, `files` (digests by name), `data` (the manifest's digest), `images` (see
+`ImageFacts`; checkpoints of the first version lack it) and `digest`, that of the record without it. A later format keeps
+`format` and `digest` as they are.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import Config
+from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.episodes import statistics
 from lgm_dist.model import LGMNet
-from lgm_dist.training.engine import Evaluation
+from lgm_dist.training.evaluation import Evaluation
 
 FORMAT = 2
-"""Version of the format that is written; a newer one is refused."""
-NAME = re.compile(r"step-[0-9]{8,18}")
-"""Of a checkpoint's folder."""
+"""Version of the format that is written. A newer one is refused."""
+_NAME = re.compile(r"step-([0-9]{8,18})")
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 _STEP = ((), torch.float32, torch.strided, True)
-"""See `_kind`: the number of steps that an optimizer keeps with each parameter."""
+"""The kind (see `_kind`) of the number of steps that an optimizer keeps with each parameter."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,48 @@ class TrainState:
 
     step: int = 0
     val_accuracy: float = -1.0
-    """Of this very checkpoint, in 0 to 1; -1 before the first evaluation."""
+    """Accuracy of this very checkpoint on val, in 0 to 1; -1 if it was not evaluated."""
     val_ci95: float = 0.0
+    """Half-width of the 95 % interval of `val_accuracy`."""
 
     @classmethod
     def after(cls, step: int, val: Evaluation | None) -> TrainState:
-        """The state after `step` steps and an evaluation on val, if there was one."""
+        """The state after `step` steps and possibly an evaluation on val."""
         return cls(step, val.score.accuracy, val.score.ci95) if val else cls(step)
 
 
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the network has to know about images, so that a copied checkpoint is enough to use it."""
+
+    mean: tuple[float, ...]
+    """Per channel, on the 0 to 255 scale."""
+    std: tuple[float, ...]
+    height: int
+    width: int
+    channels: int
+    classes: tuple[str, ...]
+    """Names of the base classes."""
+
+    @classmethod
+    def of(cls, bank: ImageBank, config: Config) -> ImageFacts:
+        """The facts of the train split, normalised as the protocol does."""
+        height, width, channels = bank.images.shape[1:]
+        return cls(*statistics(bank, config), height, width, channels, bank.classes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ImageFacts:
+        """Read what JSON has made of the facts."""
+        mean, std, classes = (tuple(values[name]) for name in ("mean", "std", "classes"))
+        return cls(mean, std, values["height"], values["width"], values["channels"], classes)
+
+
 class DamagedCheckpoint(Exception):
-    """A checkpoint whose files are missing, unreadable or not those that were written."""
+    """The files of a checkpoint are missing, unreadable or not those that were written."""
 
 
 class LaterFormat(ValueError):
-    """A checkpoint that only a later version reads."""
+    """Only a later version can read the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -65,54 +94,56 @@ class Meta:
     files: dict[str, str]
     """sha256 of each other file (hex)."""
     data: str
-    """sha256 of the manifest of the data set (hex), "" where it is not known."""
+    """sha256 of the manifest of the data set (hex), empty if it is not known."""
+    images: ImageFacts | None = None
+    """None for checkpoints of the first version."""
 
     def write(self, folder: Path) -> None:
-        """Writes state.json into `folder`."""
+        """Write state.json into `folder`."""
         record = {"format": FORMAT, **dataclasses.asdict(self)}
         text = json.dumps(record | {"digest": _digest_of(record)}, indent=1)
         (folder / "state.json").write_text(text + "\n")
 
 
 def read(folder: Path) -> tuple[Meta, dict[str, Any]]:
-    """What state.json holds and the tensors of state.pt, whose structure is not checked yet."""
+    """The content of state.json, and the tensors of state.pt, whose structure is not checked yet."""
     meta = read_meta(folder)
     content = read_file(folder, "state.pt", meta)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             if sum(info.file_size for info in file.infolist()) > len(content):
-                raise ValueError("compressed, as torch's own files are not, so that it may be of any size")
+                raise ValueError("it is compressed, unlike torch's own files, and could unpack to any size")
         return meta, torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # a file made to do harm can raise almost anything
         raise DamagedCheckpoint(f"checkpoint {folder}/state.pt holds more than tensors and is not loaded") from error
 
 
 def read_file(folder: Path, name: str, meta: Meta) -> bytes:
-    """A file of a checkpoint, its digest checked where the format has one."""
+    """The content of a file of a checkpoint, after a check of its digest."""
     try:
         content = (folder / name).read_bytes()
     except OSError as error:
         raise DamagedCheckpoint(f"checkpoint {folder} cannot be read ({error})") from error
-    if meta.files.get(name) not in (None, sha256(content)):
+    if meta.files.get(name) != sha256(content):
         raise DamagedCheckpoint(f"checkpoint {folder}/{name} is not the file that was written (sha256 differs)")
     return content
 
 
 def read_meta(folder: Path) -> Meta:
-    """What state.json holds. Raises DamagedCheckpoint, and LaterFormat for one that is whole but of a later version."""
+    """The content of state.json. Raises DamagedCheckpoint, or LaterFormat for a whole one of a later version."""
     where = f"checkpoint {folder}/state.json"
     try:
         record = json.loads((folder / "state.json").read_bytes())
         digest, version = record.pop("digest", None), record["format"]
-        if digest not in (None, _digest_of(record)):
+        if digest != _digest_of(record):
             raise DamagedCheckpoint(f"{where} is not the file that was written (sha256 differs)")
-        if digest and version > FORMAT:
+        if version > FORMAT:
             raise LaterFormat(f"checkpoint {folder} has format {version}, newer than {FORMAT}; update lgm_dist")
-        if version != (FORMAT if digest else 1):
-            raise DamagedCheckpoint(f"{where} is of format {version!r} and should be of {FORMAT}")
-        files = record["files"] if digest else {"state.pt": record["sha256"]}
-        meta = Meta(TrainState(**record["state"]), record["config"], files, record["data"] if digest else "")
-        good = _sound(meta) and (meta.state.step == step_of(folder) or not NAME.fullmatch(folder.name))
+        if version != FORMAT:
+            raise DamagedCheckpoint(f"{where} has format {version!r} instead of {FORMAT}")
+        images = ImageFacts.from_dict(record["images"]) if record.get("images") else None
+        meta = Meta(TrainState(**record["state"]), record["config"], record["files"], record["data"], images)
+        good = _sound(meta) and step_of(folder) in (None, meta.state.step)
     except LaterFormat:
         raise
     except _UNREADABLE as error:
@@ -122,13 +153,19 @@ def read_meta(folder: Path) -> Meta:
     return meta
 
 
-def step_of(folder: Path) -> int:
-    """The step that the name of a checkpoint's folder says."""
-    return int(folder.name.removeprefix("step-"))
+def folder_name(step: int) -> str:
+    """The name of the folder of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for another name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def _sound(meta: Meta) -> bool:
-    """Whether the values are of the types that they should be of."""
+    """Return True if the values have the right types."""
     state = meta.state
     texts = [*meta.files.values(), meta.data]
     numbers = (state.val_accuracy, state.val_ci95)

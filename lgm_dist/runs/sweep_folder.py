@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from lgm_dist.config import Config
 from lgm_dist.runs.checkpoint import states_of, val_accuracies
+from lgm_dist.runs.checkpoint_files import folder_name
 from lgm_dist.runs.metrics import read_metrics
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
@@ -59,7 +60,7 @@ class Trial:
     def best(self) -> dict[str, Any] | None:
         """The row of the evaluation of `checkpoint` (of equals, the earliest)."""
         name = self.checkpoint.name if self.checkpoint else ""
-        return next((row for row in self.evaluations if f"step-{row['step']:08d}" == name), None)
+        return next((row for row in self.evaluations if folder_name(row["step"]) == name), None)
 
     def accuracies(self) -> npt.NDArray[np.float64] | None:
         """Accuracy of each val episode (n,) of `checkpoint`: the same episodes for all trials, so differences pair."""

@@ -20,10 +20,10 @@ from types import TracebackType
 from typing import Any
 
 from lgm_dist.config import Config
-from lgm_dist.console import leak_note, tell
+from lgm_dist.console import leak_note, notify
 from lgm_dist.report.analysis import ANALYSIS
 from lgm_dist.runs.checkpoint import best
-from lgm_dist.runs.job import FACTS, RESULT, read_result
+from lgm_dist.runs.folder import FACTS, RESULT, read_result
 from lgm_dist.runs.metrics import Tail, read_metrics
 from lgm_dist.runs.sweep_folder import SWEEP, TRIAL
 from lgm_dist.tracking.panels import (
@@ -188,7 +188,7 @@ class Mirror:
             else:
                 return
         self.failure = failure
-        tell(
+        notify(
             f"W&B does not hold all of {self._run} ({self.failure}); metrics.jsonl does, and "
             f"`python scripts/wandb_replay.py {self._run}` sends the rest"
         )
@@ -239,7 +239,7 @@ def log_evaluation(config: Config, checkpoint: Path, data: str, results: list[di
     try:
         _log_evaluation(checkpoint.absolute().parents[1], config, checkpoint, data, results)
     except Exception as error:
-        tell(f"W&B does not hold this evaluation ({_sentence(error)}); the JSON file does")
+        notify(f"W&B does not hold this evaluation ({_sentence(error)}); the JSON file does")
 
 
 def _log_evaluation(run: Path, config: Config, checkpoint: Path, data: str, results: list[dict[str, Any]]) -> None:

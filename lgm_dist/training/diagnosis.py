@@ -1,4 +1,4 @@
-"""Where a loss or gradient that is not finite comes from: found by one more forward pass once it has happened."""
+"""Where a loss or gradient that is not finite comes from. One more forward pass, after it has happened, finds out."""
 
 from __future__ import annotations
 
@@ -7,61 +7,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgm_dist.config import Config
-from lgm_dist.data import EpisodeBatch
 from lgm_dist.model import LGMNet
-from lgm_dist.training.engine import Worker, arithmetic, log_probabilities
+from lgm_dist.training.arithmetic import arithmetic
+from lgm_dist.training.tasks import Stage, Task
 
 
-def explain(model: LGMNet, batch: EpisodeBatch, config: Config, step: int, worker: Worker) -> str:
-    """The step, its first layer that is not finite, and the episodes for which it is not, in a clause.
+def explain(stage: Stage, model: LGMNet, batch: Any, step: int) -> str:
+    """Name the step, its first layer whose output is not finite, and the items of the batch for which it is not.
 
-    `model` has the weights and gradients of step `step` (from 0), which `train_step` has not applied; `batch` is this worker's
-    slice of its meta-batch. All workers call it together and get the same. The model is of no use for training after it.
+    `model` has the weights and gradients of step `step` of the stage (from 0), which the optimizer has not applied; `batch`
+    is this worker's slice. All workers call this together and get the same. The model is useless for training afterwards.
     """
-    layers = _outputs(model, batch, config)
+    task = stage.task
+    worker, of_step = task.worker, task.slice_of(step)
+    layers = _outputs(task, model, batch, of_step.size)
     order = next((i for i, (_, bad) in enumerate(layers) if bad.any()), len(layers))
     first = int(min(worker.gather(order)))
-    start, meta_batch = step * config.episodes.meta_batch, torch.zeros(config.episodes.meta_batch, device=worker.device)
+    start, meta_batch = step * task.meta_batch, torch.zeros(task.meta_batch, device=worker.device)
     if first < len(layers):
-        begin, count = worker.slice_of(0, config.episodes.meta_batch)
-        meta_batch[begin : begin + count] = layers[first][1].float()
+        begin = of_step.first - start
+        meta_batch[begin : begin + of_step.size] = layers[first][1].float()
         where = f"output of {layers[first][0]}"
     else:
         where = f"gradient of {_deepest_gradient(model)}"
         meta_batch += 1
-    episodes = [start + i for i in worker.sum(meta_batch).nonzero().flatten().tolist()]
-    return f"at step {step + 1} the {where} is not finite for train {_in_words(episodes)}"
+    items = [start + i for i in worker.sum(meta_batch).nonzero().flatten().tolist()]
+    return f"at step {stage.first + step + 1} the {where} is not finite for train {_in_words(items, task.unit)}"
 
 
 @torch.no_grad()
-def _outputs(model: LGMNet, batch: EpisodeBatch, config: Config) -> list[tuple[str, Tensor]]:
-    """The layers' names in the order of the forward pass, each with which of the B episodes are not finite there (B,)."""
-    found: list[tuple[str, Tensor]] = []
+def _outputs(task: Task, model: LGMNet, batch: Any, count: int) -> list[tuple[str, Tensor]]:
+    """Names of the layers in the order of the forward pass, each with a mask (count,) of its items that are not finite."""
+    outputs: list[tuple[str, Tensor]] = []
     names = {module: name or "the network" for name, module in model.named_modules()}
 
     def look(layer: nn.Module, _: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
-        bad = [
-            ~torch.isfinite(x).reshape(len(batch.labels), -1).all(1) for x in tensors
-        ]  # a batch of B, or of B's images
-        found.append((names[layer], torch.stack(bad).any(0)))
+        # the first dimension is a multiple of the items: the items, or their images
+        bad = [~torch.isfinite(x).reshape(count, -1).all(1) for x in tensors]
+        outputs.append((names[layer], torch.stack(bad).any(0)))
 
     model.extractor.fused = False  # the layers of its blocks one by one
     for layer in names:
         layer.register_forward_hook(look)
-    with arithmetic(tf32=config.optim.precision == "tf32"):
-        log_probabilities(model.train(), batch, config)
-    return found
+    with arithmetic(tf32=task.config.optim.precision == "tf32"):
+        task.loss(model.train(), batch)
+    return outputs
 
 
 def _deepest_gradient(model: LGMNet) -> str:
     """The parameter nearest the loss whose gradient is not finite: it spreads from there towards the images."""
     names = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return names[-1] if names else "all layers together"  # their norm overflows
+    return names[-1] if names else "all layers together"  # then their norm overflows
 
 
-def _in_words(episodes: list[int]) -> str:
-    if episodes == list(range(episodes[0], episodes[-1] + 1)) and len(episodes) > 1:
-        return f"episodes {episodes[0]} to {episodes[-1]}"
-    return f"episode{'s' * (len(episodes) > 1)} {', '.join(map(str, episodes))}"
+def _in_words(items: list[int], unit: str) -> str:
+    if items == list(range(items[0], items[-1] + 1)) and len(items) > 1:
+        return f"{unit} {items[0]} to {items[-1]}"
+    return f"{unit if len(items) > 1 else unit.removesuffix('s')} {', '.join(map(str, items))}"

@@ -1,119 +1,135 @@
-"""The training loop of one worker: the same with and without Ray."""
+"""The training loop of one worker: the same with and without Ray, for every task."""
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch import nn
 
-from lgm_dist.cluster.collectives import data_parallel
-from lgm_dist.config import SPLITS, Config
-from lgm_dist.console import RunFailed
-from lgm_dist.data import open_bank
+from lgm_dist.config import Config
+from lgm_dist.errors import RunFailed
 from lgm_dist.model import LGMNet
-from lgm_dist.runs import checkpoint
-from lgm_dist.runs.job import Job, persist, write_facts, write_result
-from lgm_dist.runs.metrics import MetricsLog
-from lgm_dist.training import diagnosis
-from lgm_dist.training.engine import Worker, evaluate, make_optimizer
+from lgm_dist.training import diagnosis, episodes_task  # noqa: F401  (registers its task)
+from lgm_dist.training.evaluation import Evaluation
 from lgm_dist.training.memory import peak_memory
-from lgm_dist.training.steps import make_steps
+from lgm_dist.training.step import make_step
+from lgm_dist.training.tasks import Banks, Stage, make_stages, total_steps
+from lgm_dist.training.worker import Worker
 
-STOP = "stop"
-"""A file of this name in a run's folder asks its workers to end after their step, with a checkpoint."""
+__all__ = ["NotFinite", "Record", "Report", "build_network", "total_steps", "train", "train_stage"]
 
+Optimizer = torch.optim.Optimizer
+OptimizerAt = Callable[[int], Optimizer | None]
+"""The optimizer of the stage inside which a step lies; None between two stages."""
 Report = Callable[[int, dict[str, float], Path | None], None]
 """Hears of an evaluation after so many steps and, on rank 0, of its checkpoint's folder."""
 
 
-def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
-    """The training of one worker, top to bottom."""
-    config, run = Config.from_dict(job.config), Path(job.run)
-    banks = {split: open_bank(job.manifest, split, job.cache) for split in SPLITS}
-    model = build_model(config, worker)
-    parallel = data_parallel(model, worker)
-    optimizer = make_optimizer(model, config)
-    state = checkpoint.restore(run, model, optimizer)
-    take_step = make_steps(model, parallel.train(), optimizer, banks["train"], config, worker)
-    written: Callable[..., Any] = partial(persist, run, config.run.storage_seconds)
-    log = written(MetricsLog, run, state.step) if worker.rank == 0 else None
-    if log:
-        written(write_facts, job, worker, state.step)
+class Record(Protocol):
+    """What the loop asks of the run's folder. Only rank 0 writes. `lgm_dist.runs.record` keeps it."""
 
-    row: tuple[int, dict[str, float]] | None = None
-    for step in range(state.step, config.episodes.steps):
-        _not_hung(config)
-        start = time.monotonic()
-        figures = take_step(step)
-        if log and row:  # that of the step before, while a GPU takes this one; its `seconds` are those of now
-            written(log.write, *row)
-        asked = torch.tensor([float(worker.rank == 0 and (run / STOP).exists())], device=worker.device)
-        loss, accuracy, grad_norm, stop = worker.mean(torch.cat([figures, asked])).tolist()
-        if not math.isfinite(loss + grad_norm):
-            raise NotFinite(diagnosis.explain(model, take_step.batch(step), config, step, worker), run)
-        metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
-        metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
-        metrics["speed/episodes_per_s"] = config.episodes.meta_batch / (time.monotonic() - start)
-        metrics["memory/peak_bytes"] = _peak_memory(worker)
-        done, val = step + 1, None
-        if done % config.episodes.eval_every == 0 or done == config.episodes.steps:
-            _not_hung(config)
-            val = evaluate(model, banks["val"], config, "val", config.episodes.eval_episodes, worker=worker)
-            metrics |= {"val/accuracy": val.score.accuracy, "val/ci95": val.score.ci95}
-        row = (done, metrics)
-        if log and (val or stop or worker.device == "cpu"):
-            # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
-            written(log.write, *row)
-            row = None
-        if val or stop:
-            folder = None
-            if worker.rank == 0:
-                kept = checkpoint.TrainState.after(done, val)
-                folder = written(checkpoint.save, run, kept, model, optimizer, config, val, banks["train"].digest)
-            if report:
-                report(done, metrics, folder)
-        if stop and done < config.episodes.steps:
-            return
+    def restore(self, model: LGMNet, optimizer_at: OptimizerAt) -> tuple[int, Optimizer | None]:
+        """Load the newest checkpoint; return the steps done and the optimizer, None at the start of a stage."""
 
-    _not_hung(config)
+    def log(self, step: int, metrics: dict[str, float], late: bool) -> None:
+        """Write a row of metrics; a late one at the next `flush`."""
+
+    def flush(self) -> None:
+        """Write the late row."""
+
+    def stop_requested(self) -> bool:
+        """Return True if the run was asked to stop after this step."""
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, val: Evaluation | None) -> Path | None:
+        """Write a checkpoint; return its folder on rank 0."""
+
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints."""
+
+    def load_best(self, model: LGMNet) -> None:
+        """Load the weights that were best on val."""
+
+    def finish(self, test: Evaluation | None, memory: list[float]) -> None:
+        """Write the result of the finished run."""
+
+
+def train(config: Config, banks: Banks, worker: Worker, record: Record, report: Report | None = None) -> None:
+    """Train all stages of a run, from its newest checkpoint on, and evaluate its best checkpoint on test."""
+    model = build_network(config, worker)
+    stages = make_stages(config, banks, worker)
+
+    def optimizer_at(step: int) -> Optimizer | None:
+        inside = (stage for stage in stages if stage.first < step < stage.last)
+        return next((stage.task.optimizer(model) for stage in inside), None)
+
+    done, optimizer = record.restore(model, optimizer_at)
+    for stage in stages:
+        if done < stage.last:
+            done = train_stage(stage, model, optimizer or stage.task.optimizer(model), record, done, report)
+            optimizer = None
+            if done < stage.last:
+                return  # the run was asked to stop
+    worker.heartbeat()
     test = None
     if config.episodes.test_episodes:
-        model.load_state_dict(checkpoint.load_model(checkpoint.best(run))[0].state_dict())
-        test = evaluate(model, banks["test"], config, "test", config.episodes.test_episodes, worker=worker)
-    memory = worker.gather(_peak_memory(worker))
-    if log:
-        log.close()
-        written(write_result, run, config, test, memory)
+        record.load_best(model)
+        test = stages[-1].task.evaluate(model, "test")
+    record.finish(test, worker.gather(_peak_memory(worker)))
+
+
+def train_stage(
+    stage: Stage, model: LGMNet, optimizer: Optimizer, record: Record, done: int, report: Report | None
+) -> int:
+    """Train a stage, of whose run `done` steps are done. Returns the steps done: fewer than `stage.last` after a stop."""
+    task, worker = stage.task, stage.task.worker
+    parallel = worker.data_parallel(model).train()
+    take_step = make_step(task, model, parallel, optimizer, done - stage.first)
+    for step in range(done - stage.first, task.steps):
+        worker.heartbeat()
+        start = time.monotonic()
+        batch = task.batch(step)
+        figures = take_step(batch, step)  # (3,)
+        record.flush()  # the row of the step before, while a GPU takes this one
+        asked = torch.tensor([float(record.stop_requested())], device=worker.device)
+        loss, accuracy, grad_norm, stop = worker.mean(torch.cat([figures, asked])).tolist()
+        if not math.isfinite(loss + grad_norm):
+            raise NotFinite(diagnosis.explain(stage, model, batch, step), record.checkpoints())
+        metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
+        metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
+        metrics[f"speed/{task.unit}_per_s"] = task.meta_batch / (time.monotonic() - start)
+        metrics["memory/peak_bytes"] = _peak_memory(worker)
+        done, val = stage.first + step + 1, None
+        if (step + 1) % task.eval_every == 0 or done == stage.last:
+            worker.heartbeat()
+            val = task.evaluate(model, "val")
+            metrics |= {"val/accuracy": val.score.accuracy, "val/ci95": val.score.ci95} if val else {}
+        keep = bool(stop) or val is not None or done == stage.last
+        # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
+        record.log(done, metrics, late=not keep and worker.device != "cpu")
+        if keep:
+            folder = record.save(done, model, optimizer, val)
+            if report:
+                report(done, metrics, folder)
+        if stop:
+            break
+    return done
 
 
 class NotFinite(RunFailed):
-    """The loss or its gradient is infinite or no number; the weights are those of the last finite step."""
+    """The loss or its gradient is not finite; the weights are those of the last finite step."""
 
-    def __init__(self, what: str, run: Path) -> None:
-        kept = [folder.name for folder in checkpoint.states_of(run)]
-        where = f"the checkpoints {', '.join(kept)} are kept" if kept else "there is no checkpoint yet"
+    def __init__(self, what: str, checkpoints: list[str]) -> None:
+        where = f"the checkpoints {', '.join(checkpoints)} are kept" if checkpoints else "there is no checkpoint yet"
         super().__init__(f"{what}; {where}; another --name can train with a lower --lr")
 
 
-def _not_hung(config: Config) -> None:
-    """A Ray Train worker that is not here again within config.run.hang_seconds shows where it is and ends, to be replaced."""
-    if config.run.workers and config.run.hang_seconds:
-        faulthandler.dump_traceback_later(config.run.hang_seconds, exit=True, file=2)
-
-
-def build_model(config: Config, worker: Worker) -> LGMNet:
-    """The network with the initial weights of config.run.seed, its normalisation tied to the other workers."""
+def build_network(config: Config, worker: Worker) -> LGMNet:
+    """The network with the initial weights of the run's seed; its normalisation spans the workers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = LGMNet(config.model)
@@ -122,46 +138,8 @@ def build_model(config: Config, worker: Worker) -> LGMNet:
 
 
 def _peak_memory(worker: Worker) -> float:
-    """Most bytes that this worker has had in memory so far: on the GPU where it trains on one."""
+    """Most bytes that this worker has had in memory so far: on the GPU if it trains on one."""
     if not worker.device.startswith("cuda"):
         return float(peak_memory())
     # many times faster than max_memory_allocated(), which a GPU would wait for at every step
     return float(torch.cuda.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"])
-
-
-@contextmanager
-def stop_on_signals(run: Path) -> Iterator[Callable[[], None]]:
-    """SIGTERM (`ray job stop`) and the first Ctrl-C end the run after its step with a checkpoint; a second Ctrl-C, at once.
-
-    What it gives makes it so again where somebody, such as Ray, has set handlers meanwhile.
-    """
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and (run / STOP).exists():
-            raise KeyboardInterrupt
-        try:
-            (run / STOP).touch()
-        except OSError:  # a storage that is away
-            threading.Thread(target=_until_written, args=(run / STOP,), daemon=True).start()
-
-    def listen() -> None:
-        for number in before:
-            signal.signal(number, ask)
-
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # signals are its own
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    listen()
-    try:
-        yield listen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _until_written(path: Path) -> None:
-    while True:
-        with contextlib.suppress(OSError):
-            path.touch()
-            return
-        time.sleep(0.2)

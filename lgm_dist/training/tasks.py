@@ -1,0 +1,132 @@
+"""Tasks: what a stage of a run trains. The loop, checkpoints, metrics, Ray and exact resume know tasks only.
+
+A task is registered by name, and `config.run.stages` lists the names of a run's stages:
+
+    @register_task("contrastive")
+    class Contrastive(Task):
+        def steps(self): ...
+        def batch(self, step): ...
+        def loss(self, model, batch): ...
+        def evaluate(self, model, split): ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lgm_dist.config import Config, Split
+from lgm_dist.data import ImageBank
+from lgm_dist.model import LGMNet
+from lgm_dist.training import schedule
+from lgm_dist.training.evaluation import Evaluation
+from lgm_dist.training.worker import Slice, Worker
+
+Banks = dict[Split, ImageBank]
+T = TypeVar("T", bound="type[Task]")
+
+
+class Task(ABC):
+    """What a stage trains: the batch of a step, its loss, and how the network is evaluated.
+
+    A batch is a pure function of the seed and the step, so that any worker makes any part of it and a resumed run goes on
+    with the same batches. Steps are counted from the start of the stage.
+    """
+
+    unit = "items"
+    """What a batch consists of, in the plural, such as episodes or images."""
+
+    def __init__(self, config: Config, banks: Banks, worker: Worker) -> None:
+        self.config, self.banks, self.worker = config, banks, worker
+
+    @property
+    def meta_batch(self) -> int:
+        """Items of one step over all workers."""
+        return self.config.episodes.meta_batch
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.config.episodes.steps
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between two evaluations on val."""
+        return self.config.episodes.eval_every
+
+    def slice_of(self, step: int) -> Slice:
+        """This worker's part of the items of a step."""
+        return self.worker.slice_of(step * self.meta_batch, self.meta_batch)
+
+    @abstractmethod
+    def batch(self, step: int) -> Any:
+        """This worker's slice of the batch of step `step`, on the worker's device."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The mean loss (), differentiable, and the accuracy () of a batch, in 0 to 1. `model` is in training mode."""
+
+    @abstractmethod
+    def evaluate(self, model: LGMNet, split: Split) -> Evaluation | None:
+        """The evaluation on val or test; None if the stage has none. All workers call it together and get the same."""
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the stage."""
+        return schedule.make_optimizer(model, self.config)
+
+    def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Set the optimizer's rates for step `step`."""
+        schedule.set_rates(optimizer, self.config, step)
+
+    def prepare_graphs(self) -> bool:
+        """Return True if a step can be captured in a CUDA graph, after preparing the batches for it."""
+        return False
+
+
+TASKS: dict[str, type[Task]] = {}
+"""Registered tasks by name."""
+
+
+def register_task(name: str) -> Callable[[T], T]:
+    """Register a task under the name that `config.run.stages` uses."""
+
+    def register(cls: T) -> T:
+        TASKS[name] = cls
+        return cls
+
+    return register
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run with one task; its steps are numbered through the run."""
+
+    name: str
+    task: Task
+    first: int
+    """Steps of the run before it."""
+
+    @property
+    def last(self) -> int:
+        """Steps of the run up to its end."""
+        return self.first + self.task.steps
+
+
+def make_stages(config: Config, banks: Banks, worker: Worker) -> list[Stage]:
+    """The stages of a run. Raises ValueError for an unknown task."""
+    stages: list[Stage] = []
+    for name in config.run.stages:
+        if name not in TASKS:
+            raise ValueError(f"stages ({name!r}) must name registered tasks: {', '.join(TASKS)}")
+        stages.append(Stage(name, TASKS[name](config, banks, worker), stages[-1].last if stages else 0))
+    return stages
+
+
+def total_steps(config: Config) -> int:
+    """Optimizer steps of all stages."""
+    return make_stages(config, {}, Worker())[-1].last
