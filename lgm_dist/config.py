@@ -32,21 +32,22 @@ class ModelConfig:
     """Images to feature maps: the name of a registered backbone."""
     generator: str = "lgm"
     """Support features to weights: the name of a registered generator; none switches it off."""
-    head: str = "matching"
-    """Features and weights to log-probabilities: the name of a registered head."""
+    head: str = "cosine"
+    """Maps to log-probabilities: the name of a registered head. cosine: the paper's matching head. class_means: cosine to the
+    class means with a learned temperature."""
     kernels: Literal["auto", "reference"] = "auto"
-    """auto: the fast way of each part where there is one. reference: the plain operations."""
+    """auto: the fast version of an operation if the device has one. reference: plain operations only."""
     channels: int = 3
     """Channels of an image."""
     filters: int = 64
-    """Filters of every convolution, learned or generated."""
+    """Filters of each convolution of conv4 and lgm, learned or generated."""
     noise_size: int = 32
     """Z: length of the noise of one generated layer; the context is twice as long (mean, log-variance)."""
     norm: Literal["batch", "group", "instance", "layer"] = "batch"
-    """Normalisation of the extractor and the context encoder."""
+    """Normalisation of the backbone and the context encoder."""
     norm_scope: Literal["global", "worker", "episode"] = "global"
-    """What batch statistics are taken over in training: the global meta-batch (the paper's intertask normalisation),
-    the worker's slice of it, or each episode alone. Evaluation always uses the moving averages."""
+    """Images over which batch statistics are taken in training: the global meta-batch (the paper's intertask normalisation),
+    the worker's slice of it, or each episode. Evaluation always uses the moving averages."""
     norm_decay: float = 0.99
     """Decay of the moving averages: m <- decay * m + (1 - decay) * statistic."""
     norm_epsilon: float = 1e-3

@@ -69,11 +69,11 @@ def save(run: Path, config: Config, made: Run, *states: tuple[int, float]) -> li
 def tell_apart(made: Run, step: int) -> None:
     """Marks the weights with the step, so that what is restored says where it is from."""
     with torch.no_grad():
-        made[0].extractor.convs[0].bias.fill_(step)  # type: ignore[operator]
+        made[0].backbone.convs[0].bias.fill_(step)  # type: ignore[attr-defined]
 
 
 def marked(made: Run) -> float:
-    return float(made[0].extractor.convs[0].bias.detach()[0])  # type: ignore[operator]
+    return float(made[0].backbone.convs[0].bias.detach()[0])  # type: ignore[attr-defined]
 
 
 # Continuation

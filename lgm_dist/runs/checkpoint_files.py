@@ -6,6 +6,7 @@ Formats of state.json: 1 has the digest of state.pt alone (`sha256`) and no data
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import Config
-from lgm_dist.model import LGMNet
+from lgm_dist.model import LGMNet, upgrade_state_dict
 from lgm_dist.training.engine import Evaluation
 
 FORMAT = 2
@@ -82,9 +83,12 @@ def read(folder: Path) -> tuple[Meta, dict[str, Any]]:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             if sum(info.file_size for info in file.infolist()) > len(content):
                 raise ValueError("compressed, as torch's own files are not, so that it may be of any size")
-        return meta, torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        tensors = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # a file made to do harm can raise almost anything
         raise DamagedCheckpoint(f"checkpoint {folder}/state.pt holds more than tensors and is not loaded") from error
+    with contextlib.suppress(AttributeError, LookupError, TypeError):  # `check_tensors` says what is wrong
+        tensors["model"] = upgrade_state_dict(tensors["model"])
+    return meta, tensors
 
 
 def read_file(folder: Path, name: str, meta: Meta) -> bytes:

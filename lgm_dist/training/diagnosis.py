@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,17 +10,17 @@ from torch import Tensor, nn
 
 from lgm_dist.config import Config
 from lgm_dist.data import EpisodeBatch
-from lgm_dist.model import LGMNet
+from lgm_dist.model import LGMNet, build_model
 from lgm_dist.training.engine import Worker, arithmetic, log_probabilities
 
 
 def explain(model: LGMNet, batch: EpisodeBatch, config: Config, step: int, worker: Worker) -> str:
-    """The step, its first layer that is not finite, and the episodes for which it is not, in a clause.
+    """A clause that names the step, its first layer that is not finite, and the episodes for which it is not finite.
 
     `model` has the weights and gradients of step `step` (from 0), which `train_step` has not applied; `batch` is this worker's
-    slice of its meta-batch. All workers call it together and get the same. The model is of no use for training after it.
+    slice of its meta-batch. All workers call it together and get the same clause.
     """
-    layers = _outputs(model, batch, config)
+    layers = _outputs(model, batch, config, worker)
     order = next((i for i, (_, bad) in enumerate(layers) if bad.any()), len(layers))
     first = int(min(worker.gather(order)))
     start, meta_batch = step * config.meta_batch, torch.zeros(config.meta_batch, device=worker.device)
@@ -35,23 +36,26 @@ def explain(model: LGMNet, batch: EpisodeBatch, config: Config, step: int, worke
 
 
 @torch.no_grad()
-def _outputs(model: LGMNet, batch: EpisodeBatch, config: Config) -> list[tuple[str, Tensor]]:
+def _outputs(model: LGMNet, batch: EpisodeBatch, config: Config, worker: Worker) -> list[tuple[str, Tensor]]:
     """The layers' names in the order of the forward pass, each with which of the B episodes are not finite there (B,)."""
     found: list[tuple[str, Tensor]] = []
-    names = {module: name or "the network" for name, module in model.named_modules()}
+    plain = build_model(replace(model.config, kernels="reference")).to(
+        worker.device
+    )  # a kernel would hide single layers
+    plain.load_state_dict(model.state_dict())
+    plain.reduce_over(worker.all_reduce)
+    names = {module: name or "the network" for name, module in plain.named_modules()}
 
     def look(layer: nn.Module, _: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
-        bad = [
-            ~torch.isfinite(x).reshape(len(batch.labels), -1).all(1) for x in tensors
-        ]  # a batch of B, or of B's images
+        # the first dimension counts the B episodes, or their images
+        bad = [~torch.isfinite(x).reshape(len(batch.labels), -1).all(1) for x in tensors]
         found.append((names[layer], torch.stack(bad).any(0)))
 
-    model.extractor.fused = False  # the layers of its blocks one by one
     for layer in names:
         layer.register_forward_hook(look)
     with arithmetic(tf32=config.precision == "tf32"):
-        log_probabilities(model.train(), batch, config)
+        log_probabilities(plain.train(), batch, config)
     return found
 
 

@@ -22,6 +22,7 @@ from lgm_dist.config import SPLITS, Config
 from lgm_dist.console import RunFailed
 from lgm_dist.data import open_bank
 from lgm_dist.model import LGMNet
+from lgm_dist.model import build_model as build_network
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.job import Job, persist, write_facts, write_result
 from lgm_dist.runs.metrics import MetricsLog
@@ -114,9 +115,7 @@ def _not_hung(config: Config) -> None:
 
 def build_model(config: Config, worker: Worker) -> LGMNet:
     """The network with the initial weights of config.seed, its normalisation tied to the other workers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = LGMNet(config.model)
+    model = build_network(config.model, config.seed)
     model.reduce_over(worker.all_reduce)
     return model.to(worker.device)
 
