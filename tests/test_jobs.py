@@ -23,7 +23,7 @@ from offline_runs import folders, history, inspect
 from test_scripts import run
 
 from lgm_dist.cluster.connection import prepare_for_ray
-from lgm_dist.cluster.processes import below
+from lgm_dist.cluster.processes import descendants
 from lgm_dist.runs.facts import commit
 from lgm_dist.runs.metrics import read_metrics
 
@@ -145,8 +145,10 @@ class TestOnAHeadNode:
         assert "WANDB_API_KEY is not passed to the job" in done.stdout
 
     def test_every_socket_of_the_head_node_is_on_loopback(self, head: Head) -> None:
-        wait_for(lambda: head.ports <= {port for _, port in listening_sockets(below(head.pid))}, 30, "its servers")
-        assert {address for address, _ in listening_sockets(below(head.pid))} == {"127.0.0.1"}
+        wait_for(
+            lambda: head.ports <= {port for _, port in listening_sockets(descendants(head.pid))}, 30, "its servers"
+        )
+        assert {address for address, _ in listening_sockets(descendants(head.pid))} == {"127.0.0.1"}
 
     def test_upload_variables_logs_and_the_status_of_a_failing_job(self, head: Head, ask: Ask) -> None:
         """The job sees the code and nothing that was made here."""

@@ -48,8 +48,6 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert script(name)._parser().parse_args(words).part in (*script(name).PARTS, "all")
     elif name == "fuzz":
         assert script(name)._parser().parse_args(words).seconds > 0
-    elif name == "chaos":
-        assert script(name)._parser().parse_args(words).parts
     elif name == "prepare":
         called: list[object] = []
         module = script(name)
