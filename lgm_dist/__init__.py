@@ -1,4 +1,4 @@
-"""Few-shot learning with LGM-Net, which reads a few labelled images and generates the weights of a network that tells them apart.
+"""Few-shot learning with LGM-Net, which reads a few labelled images and generates the weights of their classifier.
 
     from lgm_dist import Config, evaluate, fit, load_run, open_bank
 

@@ -61,7 +61,7 @@ def gpu(
         f"rounds in turn of {STEPS} steps; {peak:.2f} GiB of device memory for all of them together."
     )
     header = ("step", "ms", "episodes/s", f"the paper's {PAPERS_STEPS:,} steps take (target: under 2 min)")
-    return Section("gpu", "scripts/bench.py gpu", header, rows, note, {"seconds": plain(found), "failed": failed})
+    return Section("gpu", "lgm-dist bench gpu", header, rows, note, {"seconds": plain(found), "failed": failed})
 
 
 def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Callable[[int], object]:

@@ -27,8 +27,11 @@ HEADER = ("episodes ready for the model", "episodes/s", "to plain numpy")
 def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] | None = None) -> Section:
     """5-way 1-shot 15-query episodes a second, sampling and gathering, in one process.
 
-    `against` names peers (of PEERS); None: those that are installed. Raises ValueError for one that is not.
+    `against` names libraries of PEERS; None takes those that are installed. Raises ValueError for one that is not.
     """
+    for name in against or ():
+        if name not in PEERS:
+            raise ValueError(f"against ({name}) must be one of {', '.join(PEERS)}")
     peers = {name: PEERS[name](bank) for name in (installed_peers() if against is None else against)}
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -51,7 +54,7 @@ def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] 
         f"5-way 1-shot 15-query, {bank.name} ({len(bank.images):,} images of {bank.images.shape[1]} x {bank.images.shape[2]}), "
         f"{threads} threads; median [smallest, largest] of {rounds} rounds of {EPISODES} episodes in turn."
     )
-    return Section("data", "scripts/bench.py data", HEADER, rows, note, {"seconds": plain(found)})
+    return Section("data", "lgm-dist bench data", HEADER, rows, note, {"seconds": plain(found)})
 
 
 def installed_peers() -> list[str]:
@@ -131,4 +134,4 @@ def evaluation(bank: ImageBank, rounds: int, episodes: int = 2000, threads: int 
         f"median [smallest, largest] of {rounds} rounds in turn."
     )
     header = ("noise draws", "seconds", "times as long")
-    return Section("evaluation", "scripts/bench.py evaluation", header, rows, note, {"seconds": plain(found)})
+    return Section("evaluation", "lgm-dist bench evaluation", header, rows, note, {"seconds": plain(found)})

@@ -57,7 +57,7 @@ def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Secti
         "rounds in turn, each contender in a process of its own. plain: PyTorch as it comes, a loop over episodes, NCHW. "
         "In brackets: the ratio to it where it keeps freed memory, as our training does."
     )
-    return Section("step", "scripts/bench.py step", STEP_HEADER, rows, note, values)
+    return Section("step", "lgm-dist bench step", STEP_HEADER, rows, note, values)
 
 
 def race(contenders: Mapping[str, StepSetup], rounds: int) -> tuple[dict[str, Spread], Loss]:
@@ -138,7 +138,7 @@ def floor(rounds: int) -> Section:
         ("of the convolution's rate", f"{reached.each(lambda r: 100 * r).text(0)} %"),
     ]
     note = f"5-way 1-shot, one query an episode, float32; median [smallest, largest] of {rounds} rounds in turn."
-    return Section("floor", "scripts/bench.py floor", ("what", "figure"), rows, note, {"seconds": plain(found)})
+    return Section("floor", "lgm-dist bench floor", ("what", "figure"), rows, note, {"seconds": plain(found)})
 
 
 def _seconds(work: Callable[[], tuple[Tensor, ...]]) -> float:
@@ -155,7 +155,7 @@ def memory() -> Section:
     row = ("20-way 5-shot, meta-batch 32, 1 query", f"{found['peak_bytes'] / 2**30:.2f} GiB", "4 GiB")
     header = ("training step", "peak memory of the process", "target: under")
     return Section(
-        "memory", "scripts/bench.py memory", header, [row], "After 3 steps, float32.", {"bytes": found["peak_bytes"]}
+        "memory", "lgm-dist bench memory", header, [row], "After 3 steps, float32.", {"bytes": found["peak_bytes"]}
     )
 
 
@@ -197,7 +197,7 @@ def growth(rounds: int) -> Section:
         f"float32, {GROWTH[0].threads} threads; median [smallest, largest] of {rounds} steps. Straight lines: {slopes}."
     )
     header = ("step", "images", "ms", "ms a megapixel", "peak memory (GiB)")
-    return Section("growth", "scripts/bench.py growth", header, rows, note, {"points": points, "slopes": axes})
+    return Section("growth", "lgm-dist bench growth", header, rows, note, {"points": points, "slopes": axes})
 
 
 def along(points: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:

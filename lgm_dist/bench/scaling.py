@@ -60,7 +60,7 @@ def scaling(rounds: int) -> Section:
         f"{STEPS} steps."
     )
     header = ("workers", "episodes/s", "faster by")
-    return Section("scaling", "scripts/bench.py scaling", header, rows, note, {"seconds": plain(found)})
+    return Section("scaling", "lgm-dist bench scaling", header, rows, note, {"seconds": plain(found)})
 
 
 def model() -> Section:
@@ -93,7 +93,7 @@ def model() -> Section:
     )
     header = ("network", *(str(w) for w in WORLD_SIZES), "communication passes compute at")
     values["measured"] = {"alone": alone, "two": two}
-    return Section("scaling on paper", "scripts/bench.py scaling --model", header, rows, note, values)
+    return Section("scaling on paper", "lgm-dist bench scaling --model", header, rows, note, values)
 
 
 def communication(workers: int, latency: float, rate: float, collectives: int) -> float:

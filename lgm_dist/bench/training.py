@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from lgm_dist.bench.measure import Section, Spread, plain, ratio
-from lgm_dist.bench.steps import ROOT, StepSetup, contender
+from lgm_dist.bench.steps import StepSetup, contender
 from lgm_dist.runs.metrics import read_metrics
 
 STEPS, STARTING = 60, 20
@@ -17,7 +17,7 @@ STEPS, STARTING = 60, 20
 
 
 def train(data: str, data_root: str, rounds: int) -> Section:
-    """Real trainings of scripts/train.py: seconds to the first step, and the part of the time after it that is not the model.
+    """Real trainings of lgm-dist train: seconds to the first step, and the share of the later time that is not the model.
 
     The model's own step is timed in turn with them, in a process of its own, on random episodes of the same size.
     """
@@ -44,7 +44,7 @@ def train(data: str, data_root: str, rounds: int) -> Section:
         f"5-way 1-shot, one query a class, meta-batch 32, {STEPS} steps without an evaluation, of which the first {STARTING} "
         f"do not count, warm caches, W&B offline; median [smallest, largest] of {rounds} rounds in turn."
     )
-    return Section("train", "scripts/bench.py train", header, rows, note, {"seconds": plain(spreads)})
+    return Section("train", "lgm-dist bench train", header, rows, note, {"seconds": plain(spreads)})
 
 
 def _run(data: str, data_root: str, workers: int) -> tuple[float, float]:
@@ -54,13 +54,13 @@ def _run(data: str, data_root: str, workers: int) -> tuple[float, float]:
         flags += ["--name=bench", "--epochs=1", f"--steps-per-epoch={STEPS}", f"--eval-every={STEPS}"]
         flags += ["--eval-episodes=2", "--eval-query=1", "--test-episodes=0", "--wandb=offline"]
         run, start = Path(storage) / "bench", time.time()
-        command = [sys.executable, str(ROOT / "scripts/train.py"), *flags]
+        command = [sys.executable, "-m", "lgm_dist", "train", *flags]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
             try:
                 while not (run / "metrics.jsonl").exists() or not read_metrics(run):
                     if process.poll() is not None:
                         raise ValueError(
-                            f"train.py ended before its first step: {process.communicate()[1].decode()[-500:]}"
+                            f"lgm-dist train ended before its first step: {process.communicate()[1].decode()[-500:]}"
                         )
                     time.sleep(0.02)
                 first = time.time() - start
