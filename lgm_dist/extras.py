@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+EXTRAS = {
+    "matplotlib": "report",
+    "optuna": "sweep",
+    "pyarrow": "data",
+    "ray": "ray",
+    "sklearn": "report",
+    "threadpoolctl": "report",
+    "torchvision": "data",
+    "wandb": "wandb",
+    "wandb_workspaces": "wandb",
+}
+"""The extra of lgm-dist that installs a module."""
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "wandb_workspaces": "wandb-workspaces"}
 """What a module is installed as, if that is another name."""
 
@@ -14,10 +26,16 @@ def installed(module: str) -> bool:
 
 
 def need(module: str, extra: str, purpose: str) -> None:
-    """Raise ValueError if a module is not installed: `need("matplotlib", "report", "to draw pictures")`.
-
-    `extra` is the extra of lgm-dist that installs it.
-    """
+    """Raise ValueError if a module is not installed: `need("matplotlib", "report", "to draw pictures")`."""
     if not installed(module):
-        name = _DISTRIBUTIONS.get(module, module)
-        raise ValueError(f"{name} is needed {purpose}; install lgm-dist[{extra}]")
+        raise ValueError(_sentence(module, extra, purpose))
+
+
+def explain(error: ModuleNotFoundError) -> str:
+    """What to install for a module that was not found, in one sentence; empty if no extra installs it."""
+    module = (error.name or "").split(".")[0]
+    return _sentence(module, EXTRAS[module], "for this") if module in EXTRAS else ""
+
+
+def _sentence(module: str, extra: str, purpose: str) -> str:
+    return f"{_DISTRIBUTIONS.get(module, module)} is needed {purpose}; install lgm-dist[{extra}]"

@@ -54,7 +54,8 @@ def _bank(flags: argparse.Namespace, split: Split) -> ImageBank:
 def _data(flags: argparse.Namespace) -> Iterator[Section]:
     from lgm_dist.bench import loading
 
-    yield loading.data(_bank(flags, "train"), 4 * flags.rounds + 1, against=flags.against)
+    peers = loading.check_peers(flags.against)  # before a data set is prepared
+    yield loading.data(_bank(flags, "train"), 4 * flags.rounds + 1, against=peers)
 
 
 def _step(flags: argparse.Namespace) -> Iterator[Section]:

@@ -37,7 +37,7 @@ def main() -> int:
         sys.stderr.write(f"lgm-dist: {problem} (lgm-dist --help lists all)\n")
         return 2
     sys.argv = [f"lgm-dist {name}", *argv]  # usage lines and error messages begin with it
-    return run_command(import_module(f"lgm_dist.cli.{name}").main)
+    return run_command(lambda arguments: import_module(f"lgm_dist.cli.{name}").main(arguments))
 
 
 def _help() -> str:

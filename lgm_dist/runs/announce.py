@@ -31,7 +31,7 @@ def describe(job: Job) -> list[str]:
 def _stage(stage: Stage, config: Config) -> str:
     task = stage.task
     ways, shot, query, _ = config.episode("train")
-    size = f" ({ways}-way {shot}-shot, query {query})" if task.unit == "episodes" else ""
+    size = f" ({ways}-way {shot}-shot {query}-query)" if task.unit == "episodes" else ""
     return f"stage {stage.name}, {task.steps:,} steps of {task.meta_batch:,} {task.unit}{size}"
 
 
