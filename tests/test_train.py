@@ -57,7 +57,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
-    assert Config.from_dict(json.loads((finished / "config.json").read_text())).ways == 3
+    assert Config.from_dict(json.loads((finished / "config.json").read_text())).episodes.ways == 3
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if "val/accuracy" in row] == [4, 8, 12]

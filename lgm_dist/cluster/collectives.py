@@ -8,6 +8,7 @@ goes through the network stack.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import mmap
 import os
 import platform
@@ -15,6 +16,7 @@ import secrets
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +142,11 @@ class SharedMemoryAllReduce:
 def data_parallel(model: nn.Module, sums: AllReduce, world_size: int) -> nn.Module:
     """Wrap the network so that its gradients are averaged over the workers."""
     # the buffers, the normalisation's running averages, are equal on all workers without being sent
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    named = inspect.signature(DistributedDataParallel).parameters
+    unsent: Any = {
+        "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers": False
+    }  # torch < 2.15
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **unsent)
     if isinstance(sums, SharedMemoryAllReduce):
         # a lambda, since torch refuses a function whose annotations are strings, as in this module
         parallel.register_comm_hook(sums, lambda sums, bucket: _mean(sums, bucket.buffer(), world_size))

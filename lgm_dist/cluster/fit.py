@@ -8,16 +8,20 @@ import torch
 
 from lgm_dist.cluster.connection import prepare_for_ray
 from lgm_dist.config import Config
+from lgm_dist.console import notify
 from lgm_dist.data import open_bank
 from lgm_dist.errors import RunFailed
+from lgm_dist.extras import need
 from lgm_dist.runs import checkpoint
+from lgm_dist.runs.announce import describe
+from lgm_dist.runs.facts import is_finished
 from lgm_dist.runs.folder import RESULT, lock_run
 from lgm_dist.runs.job import Job, device_of, make_job
 from lgm_dist.runs.progress import Progress
 from lgm_dist.runs.record import train_fn
 from lgm_dist.runs.stop import STOP, stop_on_signals
 from lgm_dist.tracking.mirror import Mirror
-from lgm_dist.training.loop import Report
+from lgm_dist.training.loop import Report, total_steps
 from lgm_dist.training.memory import keep_freed_memory
 from lgm_dist.training.worker import Worker
 
@@ -34,10 +38,23 @@ def fit(config: Config, group: str = "") -> Path:
     """
     job = make_job(config)  # checks everything that can be checked before the start
     run = Path(job.run)
-    with lock_run(run), Progress(run, config), Mirror(run, config, group), stop_on_signals(run):
-        train(job)
-        _check_finished(run)
-        draw(job)
+    with lock_run(run):
+        if is_finished(run, config):
+            notify(
+                f"run {run.name!r} is finished after {total_steps(config):,} steps; a larger --epochs trains it further"
+            )
+            with Mirror(run, config, group):  # sends what an earlier start could not send
+                if not is_drawn(run):
+                    draw(job)
+            return run
+        for line in describe(job):
+            notify(line)
+        with Progress(run, config), Mirror(run, config, group), stop_on_signals(run):
+            if config.run.workers:
+                notify("starting Ray Train")
+            train(job)
+            _check_finished(run)
+            draw(job)
     return run
 
 
@@ -69,8 +86,21 @@ def _check_finished(run: Path) -> None:
     raise RunFailed(f"stopped with a checkpoint of step {step}; the same command goes on from it")
 
 
+def is_drawn(run: Path) -> bool:
+    """Return True if the pictures are those of the run's result."""
+    last = run / "weights.png"
+    return last.exists() and last.stat().st_mtime >= (run / RESULT).stat().st_mtime
+
+
 def draw(job: Job) -> None:
-    """Analyse the best checkpoint of a finished run and draw the run's pictures."""
+    """Analyse the best checkpoint of a finished run and draw its pictures, or say what is not installed for that."""
+    try:
+        need("matplotlib", "report", "to draw pictures")
+        need("sklearn", "report", "to draw pictures")
+    except ValueError as error:
+        notify(str(error))
+        return
+    notify("drawing pictures")
     from lgm_dist.report import plots  # here, because matplotlib takes a second to import
     from lgm_dist.report.analysis import analyse
 

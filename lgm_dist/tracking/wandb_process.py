@@ -10,11 +10,17 @@ import sys
 from pathlib import Path
 
 from lgm_dist.config import Config
+from lgm_dist.extras import installed
 from lgm_dist.tracking.panels import DONE
 
 
 def wandb_mode(config: Config) -> str:
-    """online, offline or disabled: WANDB_MODE, else what the configuration says, where auto asks for an account."""
+    """online, offline or disabled: what the configuration says.
+
+    auto is disabled if wandb is not installed, else what WANDB_MODE says, else online with an account and offline without.
+    """
+    if config.run.wandb == "auto" and not installed("wandb"):
+        return "disabled"
     if os.environ.get("WANDB_MODE") and config.run.wandb == "auto":
         return os.environ["WANDB_MODE"]
     if config.run.wandb != "auto":
