@@ -61,8 +61,8 @@ def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Secti
     note = (
         f"Meta-batch 32, 32 x 32 pixels, {StepSetup('ours').threads} threads, float32; median [smallest, largest] of {rounds} "
         "rounds in turn, each contender in its own process. plain: PyTorch without tuning, a loop over episodes, NCHW. "
-        "In brackets: the ratio if the plain process keeps freed memory too, as our training does. By kernels: the ratio to our "
-        "step with model.kernels reference."
+        "In brackets: the ratio if the plain process keeps freed memory too, as our training does. By kernels: the ratio to "
+        "our step with model.kernels reference."
     )
     return Section("step", "lgm-dist bench step", STEP_HEADER, rows, note, values)
 
