@@ -21,8 +21,7 @@ from lgm_dist.cli.flags import parse
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-PAGES = [README, *sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = list(dict.fromkeys(PAGES))
+PAGES = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 
 FRONTS = {
@@ -70,15 +69,14 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield words
 
 
-COMMANDS = [
-    pytest.param(words, id=f"{page}: {shlex.join(words)}") for page, text in TEXTS.items() for words in commands(text)
-]
-OURS = [parameter for parameter in COMMANDS if any(word == "lgm-dist" or word in TOOLS for word in parameter.values[0])]
+COMMANDS = {f"{page}: {shlex.join(words)}": words for page, text in TEXTS.items() for words in commands(text)}
+"""Each command of the pages, by its page and text."""
+OURS = {name: words for name, words in COMMANDS.items() if any(word == "lgm-dist" or word in TOOLS for word in words)}
 
 
-@pytest.mark.parametrize("words", OURS)
-def test_a_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    check(words, monkeypatch)
+@pytest.mark.parametrize("name", OURS)
+def test_a_command_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(OURS[name], monkeypatch)
 
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +126,7 @@ def without_config(arguments: list[str]) -> list[str]:
     if "--config" not in arguments:
         return arguments
     place = arguments.index("--config")
-    named = {words[words.index("--name") + 1] for (words,) in (p.values for p in OURS) if "--name" in words}
+    named = {words[words.index("--name") + 1] for words in OURS.values() if "--name" in words}
     assert arguments[place + 1] in {f"runs/{name}/best.json" for name in named}
     return arguments[:place] + arguments[place + 2 :]
 
@@ -159,7 +157,7 @@ def check_prepare(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_job_of_rays_own_client_parses_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [words for (words,) in (p.values for p in COMMANDS) if words[:3] == ["ray", "job", "submit"]]
+    jobs = [words for words in COMMANDS.values() if words[:3] == ["ray", "job", "submit"]]
     assert jobs
     for words in jobs:
         job = words[words.index("--") + 1 :]
@@ -168,7 +166,7 @@ def test_a_job_of_rays_own_client_parses_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_pages_show_every_subcommand() -> None:
-    shown = {words[words.index("lgm-dist") + 1] for (words,) in (p.values for p in OURS) if "lgm-dist" in words}
+    shown = {words[words.index("lgm-dist") + 1] for words in OURS.values() if "lgm-dist" in words}
     assert shown == set(FRONTS)
 
 
@@ -189,21 +187,18 @@ def test_the_readme_lists_the_extras_of_the_package() -> None:
     assert set(re.findall(r'"\.\[(\w+)\]"', README.read_text())) == set(project["optional-dependencies"])
 
 
-PYTHON = [
-    pytest.param(block, id=f"{page} {number}")
-    for page, text in TEXTS.items()
-    for number, block in enumerate(blocks(text, "python"))
-]
+PYTHON = {f"{page} {i}": block for page, text in TEXTS.items() for i, block in enumerate(blocks(text, "python"))}
 
 
-@pytest.mark.parametrize("block", PYTHON)
-def test_python_compiles_and_uses_names_that_exist(block: str) -> None:
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_compiles_and_uses_names_that_exist(name: str) -> None:
+    block = PYTHON[name]
     compile(block, "page", "exec")
-    for name in re.findall(r"\blgm_dist\.(\w+)", re.sub(r"^(from|import) .*", "", block, flags=re.MULTILINE)):
-        assert hasattr(lgm_dist, name), name
+    for attribute in re.findall(r"\blgm_dist\.(\w+)", re.sub(r"^(from|import) .*", "", block, flags=re.MULTILINE)):
+        assert hasattr(lgm_dist, attribute), attribute
     for module, names in re.findall(r"^from (lgm_dist[\w.]*) import (.+)", block, re.MULTILINE):
-        for name in names.split(", "):
-            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+        for attribute in names.split(", "):
+            assert hasattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
 
 
 @pytest.mark.parametrize("page", TEXTS)
