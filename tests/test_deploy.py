@@ -173,7 +173,7 @@ class TestCluster:
 
     def test_the_command_in_its_head_comment_is_one_that_submit_takes(self) -> None:
         text = (DEPLOY / "ray-cluster.yaml").read_text()
-        match = re.search(r"#   scripts/submit\.py -- (.*)\n# +(--workers.*)\n", text)
+        match = re.search(r"#   lgm-dist submit -- (.*)\n# +(--workers.*)\n", text)
         assert match
         entrypoint = shlex.split(" ".join(match.groups()))
         script("submit").check_paths(entrypoint)
