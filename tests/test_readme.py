@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from test_scripts import script
 
+from lgm_dist.cli import bench, submit, train
 from lgm_dist.cli.flags import parse
+from lgm_dist.cluster import jobs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,12 +42,12 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if name in ("train", "sweep", "grid"):
         parses(name, words)
     elif name == "submit":
-        flags = script(name)._parser().parse_args(words)
+        flags = submit.make_parser().parse_args(words)
         if flags.entrypoint:
-            script(name).check_paths(flags.entrypoint)
+            jobs.check_paths(flags.entrypoint)
             check(flags.entrypoint, monkeypatch)
     elif name == "bench":
-        assert script(name)._parser().parse_args(words).part in (*script(name).PARTS, "all")
+        assert bench.make_parser().parse_args(words).part in (*bench.PARTS, "all")
     elif name == "fuzz":
         assert script(name)._parser().parse_args(words).seconds > 0
     elif name == "chaos":
@@ -68,7 +70,7 @@ def parses(name: str, words: list[str]) -> None:
         place = words.index("--config")
         assert words[place + 1] == "runs/norms/best.json"
         words = words[:place] + words[place + 2 :]
-    module = script(name) if name == "train" else importlib.import_module(name)
+    module = train if name == "train" else importlib.import_module(name)
     flags = {"train": "TrainFlags", "sweep": "SweepFlags", "grid": "GridFlags"}[name]
     assert parse(getattr(module, flags), words)[0].episodes.steps > 0
 

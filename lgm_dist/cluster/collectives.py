@@ -138,15 +138,17 @@ def make_worker(rank: int, world_size: int, device: str, heartbeat: Callable[[],
 def data_parallel(model: nn.Module, sums: AllReduce, world_size: int) -> nn.Module:
     """Wrap the network so that its gradients are averaged over the workers."""
     # the buffers are the normalisation's averages, which are equal on all workers by themselves
-    named = inspect.signature(DistributedDataParallel).parameters
-    unsent: Any = {
-        "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers": False
-    }  # torch < 2.15
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **unsent)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **local_buffers())
     if isinstance(sums, SharedMemory):
         # torch refuses a hook whose annotations are strings, as they are here
         parallel.register_comm_hook(sums, lambda sums, bucket: _mean(sums, bucket.buffer(), world_size))
     return parallel
+
+
+def local_buffers() -> dict[str, Any]:
+    """The argument that keeps DistributedDataParallel from sending buffers before each step, in this version of torch."""
+    named = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers": False}
 
 
 def _mean(sums: AllReduce, gradients: Tensor, world_size: int) -> torch.futures.Future[Tensor]:
