@@ -14,11 +14,11 @@ from types import ModuleType
 
 import pytest
 import yaml
-from lgm_dist.cli.main import COMMANDS as SUBCOMMANDS
-from lgm_dist.cluster.jobs import check_paths
 
 import lgm_dist
 from lgm_dist.cli.flags import parse
+from lgm_dist.cli.main import COMMANDS as SUBCOMMANDS
+from lgm_dist.cluster.jobs import check_paths
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
