@@ -114,3 +114,20 @@ def test_waiting_for_a_worker_that_has_ended_raises_an_error(tmp_path: Path) -> 
     start = time.monotonic()
     assert run_workers(2, tmp_path / "workers", dying)[0]
     assert time.monotonic() - start < 60
+
+
+def test_buffers_stay_where_they_are_in_any_version_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 knows `broadcast_buffers` alone, later versions warn of it."""
+
+    class OfTorch211:
+        def __init__(self, module: Any, broadcast_buffers: bool = True) -> None:
+            raise NotImplementedError
+
+    class Later:
+        def __init__(self, module: Any, broadcast_buffers: None = None, forward_sync_buffers: None = None) -> None:
+            raise NotImplementedError
+
+    monkeypatch.setattr(collectives, "DistributedDataParallel", OfTorch211)
+    assert collectives.local_buffers() == {"broadcast_buffers": False}
+    monkeypatch.setattr(collectives, "DistributedDataParallel", Later)
+    assert collectives.local_buffers() == {"forward_sync_buffers": False}

@@ -40,7 +40,15 @@ def head() -> Iterator[Head]:
 
 def training(tiny: Path, storage: Path, name: str, **changes: Any) -> list[str]:
     """A command that trains a narrow network on `tiny` with two workers."""
-    flags = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 12, "meta-batch": 4, "eval-every": 4, "workers": 2}
+    flags: dict[str, Any] = {
+        "ways": 3,
+        "query": 2,
+        "epochs": 1,
+        "steps-per-epoch": 12,
+        "meta-batch": 4,
+        "eval-every": 4,
+        "workers": 2,
+    }
     flags |= {"cpus-per-worker": 1, "eval-episodes": 6, "test-episodes": 6, "eval-query": 3, "model.filters": 8}
     flags |= {"data": tiny, "storage": storage, "name": name} | {k.replace("_", "-"): v for k, v in changes.items()}
     return ["python", "-m", "lgm_dist", "train", *(f"--{key}={value}" for key, value in flags.items())]
@@ -79,7 +87,7 @@ def tidy(head: Head) -> Iterator[None]:
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(head.address)
-    left = [job.submission_id for job in client.list_jobs() if not job.status.is_terminal()]
+    left = [job.submission_id or "" for job in client.list_jobs() if not job.status.is_terminal()]
     for job in left:
         client.stop_job(job)
     wait_for(lambda: all(client.get_job_status(job).is_terminal() for job in left), 90, "the jobs to stop")

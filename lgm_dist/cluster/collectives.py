@@ -142,15 +142,17 @@ class SharedMemoryAllReduce:
 def data_parallel(model: nn.Module, sums: AllReduce, world_size: int) -> nn.Module:
     """Wrap the network so that its gradients are averaged over the workers."""
     # the buffers, the normalisation's running averages, are equal on all workers without being sent
-    named = inspect.signature(DistributedDataParallel).parameters
-    unsent: Any = {
-        "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers": False
-    }  # torch < 2.15
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **unsent)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **local_buffers())
     if isinstance(sums, SharedMemoryAllReduce):
         # a lambda, since torch refuses a function whose annotations are strings, as in this module
         parallel.register_comm_hook(sums, lambda sums, bucket: _mean(sums, bucket.buffer(), world_size))
     return parallel
+
+
+def local_buffers() -> dict[str, Any]:
+    """The argument that keeps DistributedDataParallel from sending buffers before each step, in this version of torch."""
+    named = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers": False}
 
 
 def _mean(sums: AllReduce, gradients: Tensor, world_size: int) -> torch.futures.Future[Tensor]:
