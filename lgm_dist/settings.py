@@ -170,7 +170,7 @@ class ModelConfig:
     head: str = setting("cosine")
     """Maps to log-probabilities: the name of a registered head. cosine: the paper's matching head. class_means: cosine to the
     class means with a learned temperature."""
-    kernels: Literal["auto", "reference"] = setting("auto")
+    kernels: Literal["auto", "reference"] = setting("auto", resumable=True, not_searched="it changes the speed alone")
     """auto: the fast version of an operation if the device has one. reference: plain operations only."""
     channels: int = setting(3, not_searched="it is the data's")
     """Channels of an image."""

@@ -14,6 +14,7 @@ from lgm_dist.data import check_episodes, open_bank
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.prepare import ensure_manifest
 from lgm_dist.extras import need
+from lgm_dist.model import build_model
 from lgm_dist.plugins import load_plugins
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.files import write_json
@@ -41,6 +42,8 @@ def make_job(config: Config) -> Job:
     _check_libraries(config)
     _check_device(config)
     total_steps(config)  # raises for an unknown stage
+    with torch.device("meta"):  # which takes no memory
+        build_model(config.model)  # raises for an unknown part and for parts that do not fit together
     manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
     digest = open_banks(config, manifest)["train"].digest
     cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
