@@ -13,17 +13,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
-    **dict.fromkeys(("checks", "settings", "config", "errors", "extras", "console", "plugins"), 0),
-    **dict.fromkeys(("data", "model"), 1),
-    "training": 2,
-    "runs": 3,
-    "report": 4,
-    "tracking": 5,
-    "cluster": 6,
-    "sweeps": 7,
-    **dict.fromkeys(("bench", "chaos"), 8),
-    "cli": 9,
-    **dict.fromkeys(("__main__", "scripts", "tune"), 10),
+    **dict.fromkeys(("checks", "errors", "extras"), 0),
+    "settings": 1,
+    "config": 2,
+    **dict.fromkeys(("console", "plugins"), 3),
+    **dict.fromkeys(("data", "model"), 4),
+    "training": 5,
+    "runs": 6,
+    "report": 7,
+    "tracking": 8,
+    "cluster": 9,
+    "sweeps": 10,
+    **dict.fromkeys(("bench", "chaos"), 11),
+    "cli": 12,
+    **dict.fromkeys(("__main__", "scripts", "tune"), 13),
 }
 """The direction of imports: a part imports from itself and from lower layers."""
 OWNERS = {
