@@ -51,10 +51,13 @@ def test_flops_are_those_of_the_specification(ways: int, shot: int, size: int, m
 
 
 def test_ours_and_the_plain_network_take_the_same_steps() -> None:
-    kinds = {kind: StepSetup(kind, 3, 2, queries=2, **TINY) for kind in ("ours", "plain", "plain-kept")}
+    kinds = {
+        kind: StepSetup(kind, 3, 2, queries=2, **TINY) for kind in ("ours", "ours-reference", "plain", "plain-kept")
+    }
     found, losses = network.race(kinds, rounds=2)
     assert {len(spread.values) for spread in found.values()} == {2}
     assert losses["ours"] == pytest.approx(losses["plain"], abs=1e-5)
+    assert losses["ours-reference"] == pytest.approx(losses["plain"], abs=1e-5)
     assert losses["plain"] == losses["plain-kept"]
 
 

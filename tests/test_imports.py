@@ -24,19 +24,15 @@ LAYERS = {
     "tracking": 8,
     "cluster": 9,
     "sweeps": 10,
-    **dict.fromkeys(("bench", "chaos"), 11),
+    "bench": 11,
     "cli": 12,
     **dict.fromkeys(("__main__", "scripts", "tune"), 13),
 }
 """The direction of imports: a part imports from itself and from lower layers."""
 OWNERS = {
     "ray": (
-        "cluster/fit",
-        "cluster/trainer",
-        "cluster/connection",
-        "cluster/rendezvous",
+        *("cluster/trainer", "cluster/connection", "cluster/ray_internals", "cluster/rendezvous", "cluster/worker"),
         "cluster/jobs",
-        "chaos/elastic",
     ),
     "wandb": ("tracking/mirror", "tracking/wandb_process", "tracking/panels"),
     "webdataset": ("data/shards",),

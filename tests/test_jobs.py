@@ -25,7 +25,7 @@ import lgm_dist
 from lgm_dist.cli.main import main
 from lgm_dist.cluster.connection import prepare_for_ray
 from lgm_dist.cluster.jobs import job_environment, upload_folder
-from lgm_dist.cluster.processes import below
+from lgm_dist.cluster.processes import descendants
 from lgm_dist.runs.facts import commit
 from lgm_dist.runs.metrics import read_metrics
 
@@ -41,7 +41,8 @@ def head() -> Iterator[Head]:
 def training(tiny: Path, storage: Path, name: str, **changes: Any) -> list[str]:
     """A command that trains a narrow network on `tiny` with two workers."""
     flags: dict[str, Any] = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 12, "meta-batch": 4}
-    flags |= {"eval-every": 4, "workers": 2, "cpus-per-worker": 1, "eval-episodes": 6, "test-episodes": 6, "eval-query": 3, "model.filters": 8}
+    flags |= {"eval-every": 4, "workers": 2, "cpus-per-worker": 1, "eval-episodes": 6, "test-episodes": 6}
+    flags |= {"eval-query": 3, "model.filters": 8}
     flags |= {"data": tiny, "storage": storage, "name": name} | {k.replace("_", "-"): v for k, v in changes.items()}
     return ["python", "-m", "lgm_dist", "train", *(f"--{key}={value}" for key, value in flags.items())]
 
@@ -148,8 +149,10 @@ class TestOnAHeadNode:
         assert "WANDB_API_KEY is not passed to the job" in done.stdout
 
     def test_every_socket_of_the_head_node_is_on_loopback(self, head: Head) -> None:
-        wait_for(lambda: head.ports <= {port for _, port in listening_sockets(below(head.pid))}, 30, "its servers")
-        assert {address for address, _ in listening_sockets(below(head.pid))} == {"127.0.0.1"}
+        wait_for(
+            lambda: head.ports <= {port for _, port in listening_sockets(descendants(head.pid))}, 30, "its servers"
+        )
+        assert {address for address, _ in listening_sockets(descendants(head.pid))} == {"127.0.0.1"}
 
     def test_upload_variables_logs_and_the_status_of_a_failing_job(self, head: Head, ask: Ask) -> None:
         """The job sees the code and nothing that was made here."""

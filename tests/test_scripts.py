@@ -39,7 +39,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*_: Any) -> None:
         raise AssertionError("Ray was about to start")
 
-    monkeypatch.setattr(ray_train, "_train_with_ray", started)
+    monkeypatch.setattr(ray_train, "prepare_for_ray", started)
 
 
 @pytest.fixture
@@ -188,13 +188,3 @@ def test_evaluate_of_a_folder_that_is_no_run(
 ) -> None:
     assert run("evaluate", [str(tmp_path)], monkeypatch) == 1
     assert "has no checkpoint" in capsys.readouterr().err
-
-
-def test_two_hosts_want_tools_that_may_not_be_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    assert run("chaos", ["hosts"], monkeypatch) == 1
-    assert capsys.readouterr().err == (
-        "chaos.py: hosts: two hosts are network namespaces, for which this part must be root and have ip and unshare\n"
-    )

@@ -13,7 +13,7 @@ from lgm_dist.config import Config, Split
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.model import LGMNet
 from lgm_dist.training.episodes_task import Episodes
-from lgm_dist.training.step import EagerStep, GraphStep, make_step
+from lgm_dist.training.step import EagerStep, make_step
 from lgm_dist.training.worker import Worker
 
 WAYS: dict[str, tuple[str, bool]] = {
@@ -73,8 +73,8 @@ def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Callable[
     task = Episodes(config, {"train": bank}, Worker(device=device))
     optimizer = task.optimizer(model)
     take_step = make_step(task, model, model, optimizer, 0) if graph else EagerStep(task, model, optimizer)
-    if graph and not isinstance(take_step, GraphStep):
-        raise ValueError(f"a step on the {device} is no CUDA graph")
+    if graph and isinstance(take_step, EagerStep):
+        raise ValueError("a CUDA graph needs a GPU")
     return lambda step: take_step(task.batch(step), step)
 
 
