@@ -144,13 +144,10 @@ def check_submit(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_job(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if words[0] == "lgm-dist":
-        check(words, monkeypatch)
-        return
-    python, path, *arguments = words
-    assert python == "python"
-    assert (ROOT / path).is_file()
-    check(["lgm-dist", Path(path).stem, *arguments], monkeypatch)
+    """A job's command: lgm-dist, or `python -m lgm_dist`, which finds the uploaded code before an installed one."""
+    start = next(i for i, word in enumerate(words) if word in ("lgm-dist", "lgm_dist"))
+    assert words[:start] in ([], ["python", "-m"])
+    check(["lgm-dist", *words[start + 1 :]], monkeypatch)
 
 
 def check_prepare(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
