@@ -40,9 +40,16 @@ def head() -> Iterator[Head]:
 
 def training(tiny: Path, storage: Path, name: str, **changes: Any) -> list[str]:
     """A command that trains a narrow network on `tiny` with two workers."""
-    flags: dict[str, Any] = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 12, "meta-batch": 4}
-    flags |= {"eval-every": 4, "workers": 2, "cpus-per-worker": 1, "eval-episodes": 6, "test-episodes": 6}
-    flags |= {"eval-query": 3, "model.filters": 8}
+    flags: dict[str, Any] = {
+        "ways": 3,
+        "query": 2,
+        "epochs": 1,
+        "steps-per-epoch": 12,
+        "meta-batch": 4,
+        "eval-every": 4,
+        "workers": 2,
+    }
+    flags |= {"cpus-per-worker": 1, "eval-episodes": 6, "test-episodes": 6, "eval-query": 3, "model.filters": 8}
     flags |= {"data": tiny, "storage": storage, "name": name} | {k.replace("_", "-"): v for k, v in changes.items()}
     return ["python", "-m", "lgm_dist", "train", *(f"--{key}={value}" for key, value in flags.items())]
 

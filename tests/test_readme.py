@@ -14,11 +14,10 @@ from types import ModuleType
 
 import pytest
 import yaml
-from test_scripts import script
 
 import lgm_dist
-from lgm_dist.cli import submit
 from lgm_dist.cli.flags import parse
+from lgm_dist.cli.main import COMMANDS as SUBCOMMANDS
 from lgm_dist.cluster.jobs import check_paths
 
 ROOT = Path(__file__).parents[1]
@@ -26,16 +25,10 @@ README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 
-FRONTS = {
-    **{name: f"scripts/{name}" for name in ("prepare", "train", "evaluate", "submit", "bench")},
-    "report": "scripts/dashboard",
-    "replay": "scripts/wandb_replay",
-    **{name: f"tune/{name}" for name in ("sweep", "grid")},
-}
-"""Subcommand of lgm-dist -> the script with the same `main`."""
 FLAGS = {"train": "TrainFlags", "sweep": "SweepFlags", "grid": "GridFlags"}
-TOOLS = ("tests/chaos", "tests/fuzz.py")
-"""Programs of the tests that the pages name, each with a `_parser()`."""
+"""Commands whose flags are settings of Config."""
+TOOLS = {"tests/chaos": "chaos.command", "tests/fuzz.py": "fuzz"}
+"""Programs of the tests that the pages name, and the module with their `make_parser`."""
 PRIVATE = (
     "mend",
     "is no run",
@@ -86,7 +79,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     start = next(i for i, word in enumerate(words) if word == "lgm-dist" or word in TOOLS)
     if words[start] in TOOLS:
         assert words[start - 1] == "python"
-        assert tool(words[start])._parser().parse_args(words[start + 1 :])
+        assert importlib.import_module(TOOLS[words[start]]).make_parser().parse_args(words[start + 1 :])
         return
     name, arguments = words[start + 1], words[start + 2 :]
     if name in FLAGS:
@@ -105,24 +98,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def module_of(name: str) -> ModuleType:
-    """The module of a subcommand."""
-    if importlib.util.find_spec(f"lgm_dist.cli.{name}"):
-        return importlib.import_module(f"lgm_dist.cli.{name}")
-    folder, stem = FRONTS[name].split("/")
-    return script(stem) if folder == "scripts" else importlib.import_module(stem)
-
-
-def tool(path: str) -> ModuleType:
-    """The module of a program of the tests: a file, or a folder with a __main__.py."""
-    place = ROOT / path
-    spec = importlib.util.spec_from_file_location(
-        f"tool_{place.stem}", place / "__main__.py" if place.is_dir() else place
-    )
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a command."""
+    return importlib.import_module(f"lgm_dist.cli.{name}")
 
 
 def without_config(arguments: list[str]) -> list[str]:
@@ -136,26 +113,23 @@ def without_config(arguments: list[str]) -> list[str]:
 
 
 def check_submit(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flags, and the command of the job, which runs the uploaded code and so names a script."""
-    flags = submit.make_parser().parse_args(arguments)
+    """The flags, and the command of the job."""
+    flags = module_of("submit").make_parser().parse_args(arguments)
     if flags.entrypoint:
-        check_paths(flags.entrypoint)
         check_job(flags.entrypoint, monkeypatch)
 
 
 def check_job(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job's command: lgm-dist, or `python -m lgm_dist`, which finds the uploaded code before an installed one."""
-    start = next(i for i, word in enumerate(words) if word in ("lgm-dist", "lgm_dist"))
-    assert words[:start] in ([], ["python", "-m"])
-    check(["lgm-dist", *words[start + 1 :]], monkeypatch)
+    """The command of a job, which runs the uploaded code."""
+    check_paths(words)
+    assert words[:3] == ["python", "-m", "lgm_dist"]
+    check(["lgm-dist", *words[3:]], monkeypatch)
 
 
 def check_prepare(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[object] = []
-    module = module_of("prepare")
-    monkeypatch.setattr(module, "_prepare", lambda *a: called.append(a))
-    monkeypatch.setattr(f"lgm_dist.data.sources.{arguments[0]}.{arguments[0]}_source", lambda *a: a)
-    module.main(arguments)
+    monkeypatch.setattr(module_of("prepare"), "write", lambda *a: called.append(a))
+    module_of("prepare").main(arguments)
     assert called
 
 
@@ -163,14 +137,12 @@ def test_a_job_of_rays_own_client_parses_too(monkeypatch: pytest.MonkeyPatch) ->
     jobs = [words for words in COMMANDS.values() if words[:3] == ["ray", "job", "submit"]]
     assert jobs
     for words in jobs:
-        job = words[words.index("--") + 1 :]
-        check_paths(job)
-        check_job(job, monkeypatch)
+        check_job(words[words.index("--") + 1 :], monkeypatch)
 
 
 def test_the_pages_show_every_subcommand() -> None:
     shown = {words[words.index("lgm-dist") + 1] for words in OURS.values() if "lgm-dist" in words}
-    assert shown == set(FRONTS)
+    assert shown == set(SUBCOMMANDS)
 
 
 def test_the_readme_begins_with_two_commands_that_set_everything_up() -> None:
