@@ -1,4 +1,4 @@
-"""report.html: runs and sweeps in one file that opens anywhere, without an account, a network or JavaScript."""
+"""report.html: runs and sweeps in one HTML file that needs no account, no network and no JavaScript; plots; analysis."""
 
 from lgm_dist.report.write import write_report
 
