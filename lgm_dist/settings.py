@@ -167,21 +167,22 @@ class ModelConfig:
     """Images to feature maps: the name of a registered backbone."""
     generator: str = setting("lgm")
     """Support features to weights: the name of a registered generator; none switches it off."""
-    head: str = setting("matching")
-    """Features and weights to log-probabilities: the name of a registered head."""
+    head: str = setting("cosine")
+    """Maps to log-probabilities: the name of a registered head. cosine: the paper's matching head. class_means: cosine to the
+    class means with a learned temperature."""
     kernels: Literal["auto", "reference"] = setting("auto")
-    """auto: the fast way of each part if there is one. reference: the plain operations."""
+    """auto: the fast version of an operation if the device has one. reference: plain operations only."""
     channels: int = setting(3, not_searched="it is the data's")
     """Channels of an image."""
     filters: int = setting(64, most=4096)
-    """Filters of every convolution, learned or generated."""
+    """Filters of each convolution of conv4 and lgm, learned or generated."""
     noise_size: int = setting(32, most=4096)
     """Z: length of the noise of one generated layer; the context is twice as long (mean, log-variance)."""
     norm: Literal["batch", "group", "instance", "layer"] = setting("batch")
     """Normalisation of the backbone and the context encoder."""
     norm_scope: Literal["global", "worker", "episode"] = setting("global")
-    """What batch statistics are taken over in training: the global meta-batch (the paper's intertask normalisation),
-    the worker's slice of it, or each episode alone. Evaluation always uses the moving averages."""
+    """Images over which batch statistics are taken in training: the global meta-batch (the paper's intertask normalisation),
+    the worker's slice of it, or each episode. Evaluation always uses the moving averages."""
     norm_decay: float = setting(0.99, perturbed=True)
     """Decay of the moving averages: m <- decay * m + (1 - decay) * statistic."""
     norm_epsilon: float = setting(1e-3, perturbed=True)

@@ -1,4 +1,4 @@
-"""LGM-Net as plain as it can be written: NCHW, one episode after the other. What the vectorised model is measured against.
+"""The paper's network as plain as it can be written: NCHW, one episode after the other; the reference for LGMNet.
 
 Written from the description of the authors' graph, not from lgm_dist.model: batch normalisation over all images of all
 episodes, then a loop in which every episode generates its own weights and compares its own images. Nothing here is fast.
@@ -47,7 +47,7 @@ class EagerLGMNet:
     def extract(self, x: Tensor) -> Tensor:
         """x (n, C, H, W) -> (n, F, h, w)."""
         for i in range(4):
-            x = F.relu(self._norm(self._conv(x, f"extractor.convs.{i}"), f"extractor.norms.{i}"))  # (n, F, h, w)
+            x = F.relu(self._norm(self._conv(x, f"backbone.convs.{i}"), f"backbone.norms.{i}"))  # (n, F, h, w)
             if i < 3:
                 x = pool(x)  # (n, F, ceil(h / 2), ceil(w / 2))
         return x
@@ -55,9 +55,9 @@ class EagerLGMNet:
     def encode(self, x: Tensor) -> Tensor:
         """x (n, F, h, w) -> (n, 2Z); here ReLU comes before the normalisation."""
         for i in range(2):
-            x = self._norm(F.relu(self._conv(x, f"context_encoder.convs.{i}")), f"context_encoder.norms.{i}")
+            x = self._norm(F.relu(self._conv(x, f"generator.encoder.convs.{i}")), f"generator.encoder.norms.{i}")
             x = pool(x)  # (n, F, ceil(h / 2), ceil(w / 2))
-        return self._conv(x, "context_encoder.convs.2").mean(dim=(2, 3))  # (n, 2Z)
+        return self._conv(x, "generator.encoder.convs.2").mean(dim=(2, 3))  # (n, 2Z)
 
     def episode(self, features: Tensor, context: Tensor, onehot: Tensor, noise: Tensor | None) -> Tensor:
         """features (S + T, F, h, w), context (2Z,), onehot (S, N), noise (2, Z) or None -> (T, N)."""
@@ -72,8 +72,8 @@ class EagerLGMNet:
 
     def generated(self, z: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """z (Z,) -> kernel (F, F, 3, 3), out before in, every output filter of L2 norm 1, and bias (F,)."""
-        flat = z @ self.state[f"generators.{layer}.w1"] + self.state[f"generators.{layer}.b1"]  # (9FF + F,)
-        filters = len(self.state["extractor.convs.0.weight"])
+        flat = z @ self.state[f"generator.layers.{layer}.w1"] + self.state[f"generator.layers.{layer}.b1"]  # (9FF + F,)
+        filters = len(self.state["backbone.convs.0.weight"])
         kernel = flat[: 9 * filters * filters].reshape(filters, filters, 3, 3)
         length = kernel.pow(2).sum(dim=(1, 2, 3), keepdim=True).sqrt()  # (F, 1, 1, 1)
         return kernel / length, flat[9 * filters * filters :]

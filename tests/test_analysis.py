@@ -154,8 +154,9 @@ def test_weights_against_a_loop_over_support_sets(run: Path, found: dict[str, An
     flat = []
     for i, support in enumerate(rows.reshape(200, -1)):
         with torch.no_grad():
-            context = model.embed(load_images(bank, config, support))[1].mean(0, keepdim=True)
-            made = {"counts": model.generate(context), "drawn": model.generate(context, noise[i : i + 1])}
+            codes = model.embed(load_images(bank, config, support))[1][None]  # (1, S, 2Z)
+            draws = {"counts": None, "drawn": noise[i : i + 1]}
+            made = {kind: model.generator.generate(codes, config.episodes.ways, draw) for kind, draw in draws.items()}
         for kind, layers in made.items():
             for layer, (kernel, _) in zip(("layer1", "layer2"), layers, strict=True):
                 kernels.setdefault((layer, kind), []).append(kernel.numpy())
@@ -208,7 +209,7 @@ def test_one_set_of_classes_has_no_silhouette(small: Config, tmp_path: Path, way
 def test_a_network_that_has_diverged_has_no_weights(small: Config, tmp_path: Path) -> None:
     run = trained(small, tmp_path, 1)
     model, config, state = checkpoint.load_model(checkpoint.best(run))
-    model.generators[1].w1.data[0, 0] = float("nan")
+    model.generator.layers[1].w1.data[0, 0] = float("nan")
     checkpoint.save(run, state, model, make_optimizer(model, config), config)
     found = analyse(run, open_bank(config.data.name, "val"))
     assert found["weights"] is None

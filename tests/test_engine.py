@@ -168,7 +168,7 @@ def test_training_steps_against_a_plain_network_and_tensorflows_adam(
             parameter.data.copy_(torch.from_numpy(tf_adam(start[name], history[name], rates)[-1]))
         for name, parameter in model.named_parameters():
             np.testing.assert_allclose(parameter.detach(), state[name].detach(), rtol=1e-6, atol=1e-9, err_msg=name)
-        torch.testing.assert_close(model.extractor.norms[0].running_var, state["extractor.norms.0.running_var"])
+        torch.testing.assert_close(model.backbone.norms[0].running_var, state["backbone.norms.0.running_var"])
 
 
 def test_training_learns(small: Config) -> None:
@@ -286,8 +286,8 @@ class InFloat64(LGMNet):
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return super().embed(images.double())
 
-    def classify(self, features: Tensor, context: Tensor, support: int, ways: int, noise: Any = None) -> Tensor:
-        log_p = super().classify(features, context, support, ways, None if noise is None else noise.double())
+    def classify(self, features: Tensor, codes: Tensor, ways: int, noise: Any = None) -> Tensor:
+        log_p = super().classify(features, codes, ways, None if noise is None else noise.double())
         self.answers.append(log_p.detach())
         return log_p  # (B, T, N)
 

@@ -97,9 +97,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_layer_and_keeps_the_che
     run = trained(config(tiny, tmp_path, steps_per_epoch=4))
     good = tmp_path / "good"
     shutil.copytree(run / "checkpoints", good)
-    damage(run / "checkpoints/step-00000004", "extractor.convs.2.weight", float("inf"))
+    damage(run / "checkpoints/step-00000004", "backbone.convs.2.weight", float("inf"))
     before, rows = digests(run), history(run)
-    what = r"^at step 5 the output of extractor\.convs\.2 is not finite for train episodes 16 to 19; "
+    what = r"^at step 5 the output of backbone\.convs\.2 is not finite for train episodes 16 to 19; "
     with pytest.raises(RunFailed, match=what + "the checkpoints step-00000004 are kept; another --name can"):
         trained(config(tiny, tmp_path, steps_per_epoch=4, epochs=3))
     assert digests(run) == before
@@ -114,10 +114,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_layer_and_keeps_the_che
 @pytest.mark.parametrize(
     ("parameter", "layer"),
     [
-        ("extractor.convs.0.bias", "extractor.convs.0"),
-        ("extractor.norms.0.weight", "extractor.norms.0"),
-        ("context_encoder.norms.1.bias", "context_encoder.norms.1"),
-        ("generators.1.w1", "generators.1"),
+        ("backbone.convs.0.bias", "backbone.convs.0"),
+        ("backbone.norms.0.weight", "backbone.norms.0"),
+        ("generator.encoder.norms.1.bias", "generator.encoder.norms.1"),
+        ("generator.layers.1.w1", "generator.layers.1"),
     ],
 )
 def test_the_first_layer_that_is_not_finite_is_named(parameter: str, layer: str, small: Config) -> None:
@@ -149,13 +149,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(small: Confi
     def spoil(grad: torch.Tensor) -> torch.Tensor:
         return grad * float("nan")
 
-    model.context_encoder.convs[1].weight.register_hook(spoil)  # type: ignore[union-attr, operator]
+    model.generator.encoder.convs[1].weight.register_hook(spoil)  # type: ignore[attr-defined]
     figures = train_step(model, optimizer, batch, small, 1)
     assert torch.isfinite(figures).tolist() == [True, True, False]
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert all(torch.equal(v, moments[p][k]) for p, s in optimizer.state.items() for k, v in s.items())
     said = explain(model, batch, small, 1, Worker())
-    assert said == "at step 2 the gradient of context_encoder.convs.1.weight is not finite for train episodes 4 to 7"
+    assert said == "at step 2 the gradient of generator.encoder.convs.1.weight is not finite for train episodes 4 to 7"
 
 
 def spoiled_slice(worker: Worker, small: Config) -> dict[str, str]:
@@ -170,7 +170,7 @@ def spoiled_slice(worker: Worker, small: Config) -> dict[str, str]:
 
 
 def test_workers_agree_on_the_episode_that_is_not_finite(small: Config, tmp_path: Path) -> None:
-    expected = {"said": "at step 13 the output of extractor.convs.0 is not finite for train episode 51"}
+    expected = {"said": "at step 13 the output of backbone.convs.0 is not finite for train episode 51"}
     assert run_workers(2, tmp_path / "two", spoiled_slice, small) == [expected] * 2
     assert spoiled_slice(Worker(), small) == expected
 

@@ -1,4 +1,4 @@
-"""The first block in pieces against the plain operations on the whole map: values, gradients, moving averages, memory."""
+"""The first block, a few images at a time, against plain operations: values, gradients, moving averages, memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layers(seed: int = 0) -> Layers:
     torch.manual_seed(seed)
     conv, norm = (
         nn.Conv2d(3, FILTERS, 3, padding=1).double(),
-        Norm(ModelConfig(filters=FILTERS, norm_groups=1)).double(),
+        Norm(ModelConfig(), FILTERS).double(),
     )
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
@@ -101,12 +101,15 @@ def test_equal_pixels_send_the_gradient_where_pooling_does() -> None:
         (ModelConfig(norm_scope="worker"), True),
         (ModelConfig(norm_scope="episode"), False),
         (ModelConfig(norm="group"), False),
+        (ModelConfig(kernels="reference"), False),
     ],
     ids=str,
 )
-def test_it_stands_in_where_it_is_equal(config: ModelConfig, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr("lgm_dist.model.lgmnet.first_block", lambda *a: calls.append(1) or first_block.first_block(*a))
+def test_the_backbone_uses_it_if_it_is_equal(
+    config: ModelConfig, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, block = [], first_block.first_block
+    monkeypatch.setattr(first_block, "first_block", lambda *a: calls.append(1) or block(*a))
     model = LGMNet(config)
     support, query = torch.randn(2, 2, 3, 16, 16), torch.randn(2, 1, 3, 16, 16)
     model.train()(support, query, 2)
@@ -114,23 +117,23 @@ def test_it_stands_in_where_it_is_equal(config: ModelConfig, pieces: bool, monke
     calls.clear()
     model.eval()(support, query, 2)
     model.train()(support.requires_grad_(), query, 2).sum().backward()
-    assert not calls, "neither in evaluation nor where the images want a gradient"
+    assert not calls, "neither in evaluation nor if the images need a gradient"
     assert support.grad is not None
 
 
 PROGRAM = """
 import sys, torch
 from pathlib import Path
-from lgm_dist.model import LGMNet
+from lgm_dist.config import ModelConfig
+from lgm_dist.model.backbones.conv4 import Conv4
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 torch.set_num_threads(1)
-model = LGMNet().train()
-model.extractor.fused = sys.argv[1] == "pieces"
+backbone = Conv4(ModelConfig(kernels=sys.argv[1])).train()
 x = torch.randn(512, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 before = peak()
-model.extractor(x, 1).sum().backward()
+backbone(x, 1).sum().backward()
 print((peak() - before) * 1024)
 """
 
@@ -139,7 +142,7 @@ print((peak() - before) * 1024)
 def test_the_whole_map_is_never_in_memory() -> None:
     """512 images' map takes 128 MiB; the plain operations keep it, its normalised copy and their gradients."""
     used = {}
-    for how in ("pieces", "plain"):
+    for how in ("auto", "reference"):
         done = subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, capture_output=True, text=True)
         used[how] = int(done.stdout)
-    assert used["plain"] - used["pieces"] > 2 * 512 * 64 * 32 * 32 * 4
+    assert used["reference"] - used["auto"] > 2 * 512 * 64 * 32 * 32 * 4

@@ -1,7 +1,7 @@
 """The fused block against plain operations in float64: values, gradients, moving averages, ties, NaN.
 
-Without a GPU its kernels run in Triton's interpreter. That is chosen once in a process, when Triton is first imported, so
-this file runs itself as a program, which prints what differs.
+Without a GPU its kernels run in Triton's interpreter. A process chooses it once, when it first imports Triton, so this file
+runs itself as a program.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LARGE = [
 def make_norm(filters: int, device: str) -> Norm:
     """Scales of both signs, one of them zero; averages that are neither 0 nor 1."""
     torch.manual_seed(1)
-    norm = Norm(ModelConfig(filters=filters, norm_groups=1))
+    norm = Norm(ModelConfig(), filters)
     for tensor in (norm.weight, norm.bias, norm.running_mean):
         torch.nn.init.normal_(tensor)
     torch.nn.init.uniform_(norm.running_var)
@@ -55,7 +55,7 @@ def make_norm(filters: int, device: str) -> Norm:
 
 
 def make_map(n: int, filters: int, h: int, w: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Channels of means and deviations of their own; the type's values, so that a reference can have the same."""
+    """Channels with different means and deviations, rounded to `dtype` so that the reference sees the same values."""
     torch.manual_seed(2)
     y = torch.randn(n, h, w, filters) * (0.1 + 3 * torch.rand(filters)) + 2 * torch.randn(filters)
     return y.to(device, dtype).permute(0, 3, 1, 2)
@@ -68,7 +68,7 @@ def plain(y: Tensor, conv_bias: Tensor, norm: Norm, pool: bool) -> Tensor:
 
 
 def pair(y: Tensor, pool: bool) -> Iterator[tuple[Tensor, ...]]:
-    """What NAMES lists, fused and of the plain operations in float64, which get the same gradient from above."""
+    """The values that NAMES lists, of the fused block and of plain operations in float64, for the same output gradient."""
     for block, dtype in ((fused_block.norm_relu_pool, y.dtype), (plain, torch.float64)):
         norm = make_norm(y.shape[1], y.device.type)
         torch.manual_seed(3)
@@ -92,13 +92,13 @@ def pair(y: Tensor, pool: bool) -> Iterator[tuple[Tensor, ...]]:
 
 def compare(y: Tensor, pool: bool) -> None:
     for name, ours, known in zip(NAMES, *pair(y, pool), strict=True):
-        half = y.dtype == torch.bfloat16 and name in NAMES[:2]  # rounded once, on the way out; the interpreter cuts off
+        half = y.dtype == torch.bfloat16 and name in NAMES[:2]  # rounded once, at the end; the interpreter truncates
         rtol, atol = (2**-8 if y.is_cuda else 2**-7, 1e-5) if half else (1e-4, 2e-5)
         if name in NAMES[2:4]:  # sums of many numbers of both signs
             atol *= max(float(known.abs().max()), 1.0)
         wrong = ~torch.isclose(ours.double(), known, rtol, atol)
         worst = float((ours - known).abs().max())
-        # Of a million values one may be zero but for rounding, and ReLU lets its gradient through or not.
+        # One of a million values may be so close to zero that rounding decides whether ReLU lets its gradient through.
         assert int(wrong.sum()) <= wrong.numel() // 10**6, f"{name} of {tuple(y.shape)}, pooled {pool}: off by {worst}"
 
 
@@ -109,7 +109,7 @@ def check_ties(device: str) -> None:
 
 
 def check_not_finite(device: str) -> None:
-    """A channel with a NaN, an infinity, or whose variance overflows is NaN as a whole; the others are what they were."""
+    """A channel with a NaN, an infinity or an overflowing variance becomes NaN; the other channels do not change."""
     for pool in (True, False):
         y = make_map(2, 24, 5, 4, torch.float32, device)
         norm, zeros = make_norm(24, device), torch.zeros(24, device=device)
@@ -123,7 +123,7 @@ def check_not_finite(device: str) -> None:
 
 
 def check_one_value(device: str) -> None:
-    """Of which F.batch_norm wants no statistics: it is its own mean, and its variance is zero, not 0 / 0."""
+    """A single value, which F.batch_norm refuses: it is its own mean, and its variance is zero, not 0 / 0."""
     for pool in (True, False):
         norm, y = make_norm(24, device), make_map(1, 24, 1, 1, torch.float32, device).requires_grad_()
         mean, var = norm.running_mean.clone(), norm.running_var.clone()
@@ -139,7 +139,7 @@ def check_one_value(device: str) -> None:
 
 
 def check_gradients_of_any_strides(device: str) -> None:
-    """Of a sum it is one number for all, of channels joined to others a part of more."""
+    """The gradient of a sum is one expanded number; that of joined channels is a slice of a larger tensor."""
     y, found = make_map(2, 24, 5, 4, torch.float32, device).requires_grad_(), []
     for view in (lambda out: out, lambda out: out.contiguous() * 1, lambda out: torch.cat([out, out], 1)[:, :24]):
         out = fused_block.norm_relu_pool(y, torch.zeros(24, device=device), make_norm(24, device), True)
@@ -149,7 +149,7 @@ def check_gradients_of_any_strides(device: str) -> None:
 
 
 def check_autocast(device: str) -> None:
-    """The convolution answers in bfloat16, the norm's parameters stay float32; each gets a gradient of its own type."""
+    """The convolution returns bfloat16, the norm's parameters are float32; each gets a gradient of its own dtype."""
     weight, conv_bias = torch.randn(24, 3, 3, 3, device=device), torch.zeros(24, device=device)
     x, norm = torch.randn(2, 3, 6, 5, device=device), make_norm(24, device)
     leaves = [weight.requires_grad_(), conv_bias.requires_grad_(), norm.weight, norm.bias]
@@ -170,7 +170,7 @@ def interpreted() -> None:
     assert not fused_block.available(torch.zeros(1, dtype=torch.float64))
     for case in CASES:
         compare(make_map(*case[:5], "cpu"), case[5])
-    fused_block.PROGRAMS = 3  # few, each of which takes several tiles
+    fused_block.PROGRAMS = 3  # so few that each takes several tiles
     for dtype in (torch.float32, torch.bfloat16):
         compare(make_map(4, 64, 11, 13, dtype, "cpu"), True)
     for check in CHECKS:
@@ -182,7 +182,7 @@ def run(program: list[str], **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests below run the compiled kernels")
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_all_of_it_in_the_interpreter() -> None:
     run([__file__], TRITON_INTERPRET="1")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lgm_dist.config import Config
 from lgm_dist.model import LGMNet, load_tf_variables
-from lgm_dist.model.lgmnet import _unit, matching_features
+from lgm_dist.model.heads import cosine_similarities, vectors
 from lgm_dist.model.tensorflow import tf_names
 from lgm_dist.training.arithmetic import arithmetic
 from lgm_dist.training.schedule import make_optimizer, set_rates
@@ -50,20 +50,19 @@ def intermediate(case, training, dtype=torch.float32):
     episodes, shots = support.shape[:2]
     with torch.no_grad():
         images = torch.cat([support, query], 1).flatten(0, 1)
-        features = model.extractor(images, episodes).unflatten(0, (episodes, -1))  # (B, S + 1, F, h, w)
-        context = model.context_encoder(features[:, :shots].flatten(0, 1), episodes)
-        context = context.unflatten(0, (episodes, -1)).mean(1)  # (B, 2Z)
-        weights = model.generate(context, noise)
-        vectors = matching_features(features, weights)  # (B, S + 1, D)
-        similarities = (_unit(vectors[:, shots:]) @ _unit(vectors[:, :shots]).transpose(1, 2))[:, 0]  # (B, S)
-        log_p = model.classify(features, context, shots, CASES[case][0], noise)[:, 0]  # (B, N)
-    hwc = vectors[0, 0].view(64, 2, 2).permute(1, 2, 0).flatten()
+        features = model.backbone(images, episodes).unflatten(0, (episodes, -1))  # (B, S + 1, F, h, w)
+        codes = model.generator.encode(features[:, :shots].flatten(0, 1), episodes)
+        codes = codes.unflatten(0, (episodes, -1))  # (B, S, 2Z)
+        weights = model.generator.generate(codes, CASES[case][0], noise)
+        maps = model.generator.transform(features, weights)  # (B, S + 1, F, 2, 2)
+        similarities = cosine_similarities(vectors(maps[:, shots:]), vectors(maps[:, :shots]))[:, 0]  # (B, S)
+        log_p = model.classify(features, codes, CASES[case][0], noise)[:, 0]  # (B, N)
     return {
         "embeddings[0,0]": features[0, 0].permute(1, 2, 0),
         "embeddings.l2": features.flatten(2).norm(dim=-1),
-        "task_contexts": context,
-        "features[0,0]": hwc,
-        "features.l2": vectors.norm(dim=-1),
+        "task_contexts": codes.mean(1),
+        "features[0,0]": maps[0, 0].permute(1, 2, 0).flatten(),
+        "features.l2": maps.flatten(2).norm(dim=-1),
         "gen_w1[0,:,:,:,0]": weights[0][0][0, 0].permute(1, 2, 0),
         "gen_b1": weights[0][1],
         "gen_w2[0,:,:,:,0]": weights[1][0][0, 0].permute(1, 2, 0),
@@ -214,10 +213,10 @@ def test_parameter_count():
 
 def test_missing_or_misshapen_variable_changes_nothing():
     model = LGMNet()
-    before = model.extractor.convs[0].weight.clone()
+    before = model.backbone.convs[0].weight.clone()
     name = "Classifier/meta_conv2/MetaNetwork_meta_conv/meta_weights/b1"
     with pytest.raises(ValueError, match=f"variable {name} is missing"):
         load_tf_variables(model, {k: v for k, v in VARIABLES.items() if k != name})
     with pytest.raises(ValueError, match=r"g_conv2/conv2d/bias has shape \(63,\)"):
         load_tf_variables(model, VARIABLES | {"extractor/conv_layers/g_conv2/conv2d/bias": np.zeros(63)})
-    assert torch.equal(model.extractor.convs[0].weight, before)
+    assert torch.equal(model.backbone.convs[0].weight, before)

@@ -1,9 +1,9 @@
-"""The vectorised LGM-Net against a loop over episodes (tests/reference.py), and what holds whatever its weights are."""
+"""The vectorised network against a loop over episodes (tests/reference.py), and properties that hold for any weights."""
 
 from __future__ import annotations
 
 import copy
-import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model import LGMNet, match
+from lgm_dist.model import LGMNet, build_model
 
 SMALL = ModelConfig(filters=8, noise_size=4)
 
 
 def build(config: ModelConfig = SMALL, training: bool = True, dtype: torch.dtype = torch.float64) -> LGMNet:
-    """A network whose biases, scales and moving statistics are none of them at their initial 0 or 1."""
+    """A network in which no bias, scale or moving statistic has its initial value of 0 or 1."""
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(1)
     model = LGMNet(config)
@@ -41,7 +41,7 @@ def draw(
     return images[:, :support], images[:, support:], noise
 
 
-# episodes, ways, shot, queries an episode (any number, in any order of classes), image size
+# episodes, ways, shot, query images of an episode (any number, in any order of classes), image size
 SETTINGS = [
     (1, 5, 1, 1, (32, 32)),
     (3, 5, 1, 3, (32, 32)),
@@ -60,8 +60,9 @@ def test_equals_the_loop_over_episodes(setting: tuple[Any, ...], training: bool,
     compare(SMALL, episodes, ways, shot, queries, size, training, noisy)
 
 
-def test_the_papers_network_equals_the_loop_over_episodes() -> None:
-    compare(ModelConfig(), 2, 5, 1, 1, (32, 32), True, True)
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_the_papers_network_equals_the_loop_over_episodes(kernels: Any) -> None:
+    compare(ModelConfig(kernels=kernels), 2, 5, 1, 1, (32, 32), True, True)
 
 
 def compare(
@@ -74,7 +75,7 @@ def compare(
     training: bool,
     noisy: bool,
 ) -> None:
-    """Log-probabilities, gradients of parameters and images, and moving statistics."""
+    """Compares log-probabilities, gradients of parameters and images, and moving statistics."""
     model = build(config, training)
     twin = copy.deepcopy(model)
     eager = EagerLGMNet(twin.state_dict(keep_vars=True), training)
@@ -89,7 +90,7 @@ def compare(
     assert results[0][0].shape == (episodes, queries, ways)
     for ours, expected in zip(*results, strict=True):
         assert relative(ours, expected) < 1e-11
-    # The gradient of a bias before a normalisation is truly 0: an absolute bound beside the relative one.
+    # The exact gradient of a bias before a normalisation is 0, so the bound has an absolute part.
     for (name, ours), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert (ours.grad - expected.grad).abs().max() < 1e-11 * expected.grad.abs().max() + 1e-16, name
     for (name, ours), expected in zip(model.named_buffers(), twin.buffers(), strict=True):
@@ -120,13 +121,13 @@ def test_queries_influence_no_context_and_no_generated_weight(monkeypatch: pytes
     model = build(training=False)
     support, query, noise = draw(2, 6, 5, (32, 32))
     seen: list[Tensor] = []
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda context, noise: seen.append(context) or generate(context, noise))
+    generate = model.generator.generate
+    monkeypatch.setattr(model.generator, "generate", lambda codes, *rest: seen.append(codes) or generate(codes, *rest))
     model(support, query, 3, noise)
     model(support, 50 * query.flip(1), 3, noise)
     assert torch.equal(*seen)
-    gradient = torch.autograd.grad(seen[0].sum(), model.extractor.convs[0].weight)[0]
-    assert gradient.abs().max() > 0  # that context was the one of these images
+    gradient = torch.autograd.grad(seen[0].sum(), model.backbone.convs[0].weight)[0]
+    assert gradient.abs().max() > 0, "the codes are made from the support images"
 
 
 def test_training_statistics_include_the_queries() -> None:
@@ -134,8 +135,8 @@ def test_training_statistics_include_the_queries() -> None:
     with_queries, without = build(), build()
     with_queries(support, query, 3)
     without(support, query[:, :1] * 0 + support[:, :1], 3)
-    extractor = [m.extractor.norms[0].running_mean for m in (with_queries, without)]
-    assert (extractor[0] - extractor[1]).abs().max() > 1e-4
+    means = [m.backbone.norms[0].running_mean for m in (with_queries, without)]
+    assert (means[0] - means[1]).abs().max() > 1e-4
 
 
 def test_episodes_are_independent_in_evaluation() -> None:
@@ -164,7 +165,7 @@ def test_the_order_of_a_class_s_shots_does_not_matter(training: bool) -> None:
     by_class[:, 1] = by_class[:, 1, [2, 0, 1]]
     before, after = (build(training=training)(s, query, 3, noise) for s in (support, by_class.flatten(1, 2)))
     assert (before - after).abs().max() < 1e-12
-    mixed = build(training=training)(support.roll(1, 1), query, 3, noise)  # across classes it does
+    mixed = build(training=training)(support.roll(1, 1), query, 3, noise)  # across classes the order matters
     assert (before - mixed).abs().max() > 1e-4
 
 
@@ -177,24 +178,25 @@ def test_no_noise_is_noise_of_zero() -> None:
 
 def test_each_generated_layer_has_its_own_noise() -> None:
     model, noise = build(), draw(2, 6, 3, (32, 32))[2]
-    context = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = model.generate(context, noise)
+    codes = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = model.generator.generate(codes, 3, noise)
     for layer in range(2):
         changed = noise.clone()
         changed[:, layer] += 1
-        same = [torch.equal(a[0], b[0]) for a, b in zip(plain, model.generate(context, changed), strict=True)]
+        other = model.generator.generate(codes, 3, changed)
+        same = [torch.equal(a[0], b[0]) for a, b in zip(plain, other, strict=True)]
         assert same == [layer != 0, layer != 1]
 
 
 @pytest.mark.parametrize("noisy", [True, False], ids=["drawn", "mean"])
-def test_embed_and_classify_make_forward_in_evaluation(noisy: bool) -> None:
-    model = build(training=False)
+@pytest.mark.parametrize("generator", ["lgm", "none"])
+def test_embed_and_classify_equal_forward_in_evaluation(generator: str, noisy: bool) -> None:
+    model = build(replace(SMALL, generator=generator), training=False)
     support, query, noise = draw(3, 6, 4, (20, 33))
     given = noise if noisy else None
     images = torch.cat([support, query], 1)
-    features, contexts = model.embed(images.flatten(0, 1))
-    context = contexts.unflatten(0, (3, 10))[:, :6].mean(1)  # (B, 2Z)
-    parts = model.classify(features.unflatten(0, (3, 10)), context, 6, 3, given)
+    features, codes = (x.unflatten(0, (3, 10)) for x in model.embed(images.flatten(0, 1)))
+    parts = model.classify(features, codes[:, :6], 3, given)
     assert (parts - model(support, query, 3, given)).abs().max() < 1e-12
 
 
@@ -203,50 +205,16 @@ def test_embed_refuses_training() -> None:
         build().embed(draw(1, 2, 1, (32, 32))[0][0])
 
 
-@pytest.mark.parametrize(("ways", "least"), [(5, 0.433), (20, 1.273)])
-def test_least_loss_of_perfect_similarities(ways: int, least: float) -> None:
-    """The description's bounds: without a temperature even similarities of +1 and -1 leave log(1 + (n - 1) e^-2)."""
-    support = -torch.ones(1, ways, 6, dtype=torch.float64)
-    support[:, 1] = 1
-    loss = -match(support, 3 * torch.ones(1, 1, 6, dtype=torch.float64), ways)[0, 0, 1].item()
-    assert loss == pytest.approx(math.log(1 + (ways - 1) * math.exp(-2)), abs=1e-12)
-    assert round(loss, 3) == least
-
-
-@pytest.mark.parametrize(("ways", "least"), [(5, 0.905), (20, 2.078)])
-def test_least_loss_of_orthogonal_classes(ways: int, least: float) -> None:
-    """log(1 + (n - 1) / e), of similarities 1 and 0."""
-    support = torch.eye(ways, dtype=torch.float64)[None]  # (1, N, D)
-    loss = -match(support, support, ways).diagonal(dim1=1, dim2=2)
-    assert [round(value, 3) for value in loss[0].tolist()] == [least] * ways
-
-
-def test_a_class_s_probability_is_the_sum_over_its_shots() -> None:
-    """By hand: cosines 1, 0 for class 0 and 0, -1 for class 1; e / (e + 2 + 1/e) goes to the first shot alone."""
-    support = torch.tensor([[[2.0, 0], [0, 5], [0, -1], [-3, 0]]], dtype=torch.float64)
-    p = match(support, torch.tensor([[[7.0, 0]]], dtype=torch.float64), 2).exp()[0, 0]
-    total = math.e + 2 + 1 / math.e
-    assert p.tolist() == pytest.approx([(math.e + 1) / total, (1 + 1 / math.e) / total], abs=1e-12)
-
-
-def test_zero_features_have_similarity_zero_and_a_finite_gradient() -> None:
-    support = torch.zeros(1, 2, 4, requires_grad=True)
-    log_p = match(support, torch.ones(1, 1, 4), 2)
-    log_p[0, 0, 0].backward()
-    assert log_p.exp().tolist() == [[[0.5, 0.5]]]
-    assert support.grad.isfinite().all()
-
-
 @pytest.mark.parametrize("weight_norm", [True, False])
 def test_weight_norm_makes_unit_filters(weight_norm: bool) -> None:
     config = ModelConfig(filters=8, noise_size=4, weight_norm=weight_norm)
-    context = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    model = build(config)
-    for generator, (kernel, bias) in zip(model.generators, model.generate(context), strict=True):
+    codes = torch.randn(5, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = build(config).generator
+    for layer, (kernel, bias) in zip(generator.layers, generator.generate(codes, 1, None), strict=True):
         length = kernel.flatten(2).norm(dim=-1)  # (B, F)
         assert kernel.shape == (5, 8, 8, 3, 3)
         assert bool(((length - 1).abs() < 1e-12).all()) == weight_norm
-        flat = context[:, :4] @ generator.w1 + generator.b1
+        flat = codes[:, 0, :4] @ layer.w1 + layer.b1
         assert torch.allclose(bias, flat[:, -8:], atol=1e-14)  # biases are never normalised
         if not weight_norm:
             assert torch.allclose(kernel.flatten(1), flat[:, :-8], atol=1e-14)
@@ -259,6 +227,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"weight_norm": False},
     {"channels": 1, "filters": 24, "noise_size": 5},
     {"norm_decay": 0.9, "norm_epsilon": 1e-5},
+    {"kernels": "reference"},
+    *({"generator": generator, "head": head} for generator in ("lgm", "none") for head in ("cosine", "class_means")),
 ]
 
 
@@ -268,17 +238,32 @@ def test_options_train_every_parameter(options: dict[str, Any], training: bool) 
     config = ModelConfig(**({"filters": 8, "noise_size": 4} | options))
     model = build(config, training, torch.float32)
     support, query, noise = (x.float() for x in draw(3, 6, 6, (32, 32), config))
-    log_p = model(support, query, 3, noise)
-    F.nll_loss(log_p.flatten(0, 1), torch.arange(3).repeat(6)).backward()
-    assert log_p.shape == (3, 6, 3)
+    labels = torch.arange(3).repeat(6)
+
+    def loss() -> Tensor:
+        log_p = model(support, query, 3, noise)
+        assert log_p.shape == (3, 6, 3)
+        return F.nll_loss(log_p.flatten(0, 1), labels)
+
+    before = loss()
+    before.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
-    # At 32 x 32 the last convolution of the context encoder sees a map of 1 x 1: only its centre can learn.
-    beyond = model.context_encoder.convs[2].weight.grad.clone()
-    beyond[..., 1, 1] = 0
-    assert not beyond.any()
+    torch.optim.Adam(model.parameters(), 1e-3).step()
+    assert loss() < before
     assert bool([*model.buffers()]) == (config.norm == "batch")
+
+
+def test_a_map_of_one_pixel_trains_the_centre_of_a_kernel_only() -> None:
+    """The last convolution of the context encoder sees maps of 1 x 1 for images of 32 x 32."""
+    model = build()
+    support, query, noise = draw(3, 6, 6, (32, 32))
+    model(support, query, 3, noise)[..., 0].sum().backward()
+    gradient = model.generator.encoder.convs[2].weight.grad
+    assert gradient[..., 1, 1].abs().min() > 0
+    gradient[..., 1, 1] = 0
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("scope", ["global", "worker", "episode"])
@@ -318,3 +303,16 @@ def bad_inputs() -> list[tuple[tuple[Any, ...], str]]:
 def test_shapes_that_do_not_fit(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(dtype=torch.float32)(*arguments)
+
+
+def test_the_seed_alone_decides_the_initial_weights() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = (build_model(SMALL, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected), "the global generator is where it was"
+    torch.manual_seed(1)
+    for name, value in LGMNet(SMALL).state_dict().items():
+        assert torch.equal(first[name], value)
+        assert torch.equal(first[name], again[name])
+        assert torch.equal(first[name], other[name]) == (value.ndim == 1), name  # biases, scales, statistics: constants

@@ -1,4 +1,4 @@
-"""Normalisation against torch's own layers; over several workers against BatchNorm2d on all their images together.
+"""Normalisation against torch's layers; over several workers against BatchNorm2d on all their images together.
 
 The workers here are threads whose all_reduce sums in the order of the ranks; tests/test_workers.py has real processes.
 """
@@ -24,8 +24,7 @@ T = TypeVar("T")
 
 def make(dtype: torch.dtype = torch.float64, **options: Any) -> Norm:
     """With random scale and shift."""
-    norm = Norm(ModelConfig(filters=FILTERS, **options)).to(dtype)
-    return set_affine(norm)
+    return set_affine(Norm(ModelConfig(filters=FILTERS, **options), FILTERS).to(dtype))
 
 
 def set_affine(layer: T) -> T:
@@ -98,8 +97,8 @@ class Threads:
 def over_workers(
     batches: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], dtype: torch.dtype = torch.float64, **options: Any
 ) -> tuple[list[list[Tensor]], list[Norm]]:
-    """The steps on each batch, cut into `sizes` images for the workers, put together: outputs and input gradients
-    concatenated, parameter gradients summed. And every worker's layer afterwards."""
+    """Each batch is split into `sizes` images for the workers. Returns the joined steps (outputs and input gradients
+    concatenated, parameter gradients summed) and every worker's layer."""
 
     def work(rank: int, all_reduce: AllReduce) -> tuple[list[list[Tensor]], Norm]:
         norm = make(dtype, **options)
@@ -180,15 +179,15 @@ def test_episode_scope_is_a_batch_norm_for_each_episode(episodes: int) -> None:
         y, grad_x, grad_weight, grad_bias = zip(*steps, strict=True)
         expected = [torch.cat(y), torch.cat(grad_x), sum(grad_weight), sum(grad_bias)]
         assert_close(step(ours, x, grad, episodes), expected)
-        # A fresh BatchNorm2d went a hundredth of the way from its start, 0 or 1, to its episode's statistic;
-        # ours goes to the mean of the episodes' statistics.
+        # A new BatchNorm2d moves a hundredth of the way from its start, 0 or 1, to its episode's statistic;
+        # ours moves towards the mean of the episodes' statistics.
         for value, start, which in zip(running, (0.0, 1.0), ("running_mean", "running_var"), strict=True):
             statistics = [start + (getattr(layer, which) - start) / 0.01 for layer in alone]
             value.mul_(0.99).add_(sum(statistics) / episodes, alpha=0.01)
         assert_close(averages(ours), running)
 
 
-# Images of each worker; every worker gets the like in training, but nothing here depends on it.
+# Images of each worker. In training all workers have about as many, but the statistics do not depend on it.
 SIZES = [(4, 4), (2, 2, 2, 2), (3, 3, 2), (1, 7), (12, 1, 5)]
 
 
@@ -208,9 +207,9 @@ def test_global_scope_is_batch_norm_on_all_workers_images(sizes: tuple[int, ...]
 def test_global_scope_with_large_means_in_float32(memory: torch.memory_format) -> None:
     """Means of 1e4 with standard deviations of about 1 to 3: squares in float32 would lose the variance altogether.
 
-    The worth of a float32 result is its distance from float64 on the same float32 images; it may be some times that of
-    torch's own float32 kernel on contiguous images. (Measured: output 3.7e-5 against 5.1e-5, gradient of the images
-    2.8e-5 against 1.2e-5, moving variance 1.7e-6 against 5e-8. On channels_last images torch's is 20 times worse.)
+    The error of a float32 result is its distance from float64 on the same images; it may be three times that of torch's
+    float32 kernel on contiguous images. (Measured: output 3.7e-5 against 5.1e-5, gradient of the images 2.8e-5 against
+    1.2e-5, moving variance 1.7e-6 against 5e-8. On channels_last images torch's error is 20 times larger.)
     """
     x, grad = (t.float() for t in draw(24, mean=1e4))
     x = x.contiguous(memory_format=memory)
@@ -226,7 +225,7 @@ def test_global_scope_with_large_means_in_float32(memory: torch.memory_format) -
 
 
 def test_global_scope_of_huge_constant_images() -> None:
-    """The mean square less the mean's square is here only rounding, -4 to 4: never a negative variance, or all is NaN."""
+    """Mean square - square of the mean is rounding error here, -4 to 4; a negative variance would make everything NaN."""
     x = 1e8 * torch.linspace(1, 2, 8, dtype=torch.float64).sqrt()[:, None, None].expand(6, FILTERS, 5, 4)
     joined, layers = over_workers([(x, torch.ones_like(x))], (1, 3, 2))
     y, *gradients = joined[0]
@@ -237,7 +236,7 @@ def test_global_scope_of_huge_constant_images() -> None:
 
 @pytest.mark.parametrize("scope", ["worker", "episode"])
 def test_other_scopes_normalise_a_slice_alone_but_keep_common_averages(scope: str) -> None:
-    """Averages follow the mean of the workers' statistics, so that every worker evaluates the same network."""
+    """The averages follow the mean of the workers' statistics, so every worker evaluates the same network."""
     batches = [draw(8, seed) for seed in range(3)]
     joined, layers = over_workers(batches, (4, 4), norm_scope=scope)
     running = [torch.zeros(FILTERS, dtype=torch.float64), torch.ones(FILTERS, dtype=torch.float64)]
@@ -250,12 +249,12 @@ def test_other_scopes_normalise_a_slice_alone_but_keep_common_averages(scope: st
             statistic = [(getattr(n, which) - 0.99 * getattr(batch_norm(), which)) / 0.01 for n in alone]
             value.mul_(0.99).add_(sum(statistic) / 2, alpha=0.01)
     for layer in layers:
-        assert_close(averages(layer), running, 1e-11)  # the hundredfold of the statistics' rounding
+        assert_close(averages(layer), running, 1e-11)  # a hundred times the rounding of the statistics
         assert all(map(torch.equal, averages(layer), averages(layers[0])))
 
 
 def test_gradient_of_the_global_scope_numerically() -> None:
-    """Central differences over two workers: one moves a value of the other's and sees its own output change."""
+    """Central differences over two workers: a value of one worker changes the output of both."""
     x, grad = draw(4)
 
     def objective(moved: Tensor) -> float:

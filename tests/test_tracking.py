@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fabricated import FACTS, PNG
+from fabricated import FACTS, PNG, write_state
 from offline_runs import Records, folders, history, inspect, merged, of_type
 
 from lgm_dist.config import Config
+from lgm_dist.runs.checkpoint_files import TrainState
 from lgm_dist.runs.metrics import MetricsLog, read_metrics
 from lgm_dist.tracking import mirror as tracking
 from lgm_dist.tracking.mirror import Mirror, log_evaluation
@@ -282,9 +283,7 @@ def finish(run: Path, manifest: Path, result: dict[str, Any] | None = None) -> N
         checkpoint = run / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "state.pt").write_bytes(b"tensors")
-        state = {"step": step, "val_accuracy": accuracy, "val_ci95": 0.01}
-        meta = {"format": 1, "sha256": "", "state": state, "config": OFFLINE.to_dict()}
-        (checkpoint / "state.json").write_text(json.dumps(meta))
+        write_state(checkpoint, TrainState(step, accuracy, 0.01), OFFLINE)
     (run / "result.json").write_text(json.dumps(RESULT | (result or {})))
 
 

@@ -140,7 +140,7 @@ def test_losses_in_float32(outcomes: dict[int, list[Outcome]], workers: int) -> 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_every_worker_holds_the_same_bits(outcomes: dict[int, list[Outcome]], scope: str, workers: int) -> None:
     first, *others = (outcome.float32[scope] for outcome in outcomes[workers])
-    assert (first.state["extractor.norms.0.running_var"] - 1).abs().max() > 1e-3
+    assert (first.state["backbone.norms.0.running_var"] - 1).abs().max() > 1e-3
     for other in others:
         assert other.losses == first.losses
         for name, value in first.state.items():

@@ -1,1 +1,1 @@
-"""The benchmark behind scripts/bench.py. Contenders take turns in one run, so that whatever is compared saw one machine."""
+"""The benchmark behind `lgm-dist bench`. Contenders are measured in turn in one run, so that all see the same machine."""

@@ -1,4 +1,4 @@
-"""Training steps on a GPU, whose episodes are made there too, and how long the paper's whole run would take."""
+"""Training steps on a GPU, which makes the episodes too, and the time of the paper's whole run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WAYS: dict[str, tuple[str, bool]] = {
     for graph in (False, True)
     for precision in ("float32", "tf32", "bf16")
 }
-"""The precision, and whether a step is a CUDA graph, as in training with one worker."""
+"""The precision, and whether a step is a CUDA graph as in training with one worker."""
 PAPERS_STEPS = Config().episodes.steps
 STEPS = 50
 
 
 def random_bank(split: Split = "train", side: int = 32) -> ImageBank:
-    """Noise in the shape of FC100's train split: 60 classes of 600 images."""
+    """A bank of noise with the size of FC100's train split: 60 classes of 600 images."""
     images = np.random.default_rng(0).integers(0, 256, (36_000, side, side, 3), np.uint8)
     names = tuple(f"class {c}" for c in range(60))
     return ImageBank("noise", split, images, np.arange(61) * 600, names, ("",) * 60, (127.5,) * 3, (73.9,) * 3)
@@ -36,9 +36,9 @@ def random_bank(split: Split = "train", side: int = 32) -> ImageBank:
 def gpu(
     bank: ImageBank, rounds: int, device: str = "cuda", ways: tuple[str, ...] = tuple(WAYS), meta_batch: int = 32
 ) -> Section:
-    """Steps of 5-way 1-shot 1-query episodes, augmented, each way of taking them in turn; the memory that all take together.
+    """Time augmented 5-way 1-shot 1-query steps in each of `ways` in turn, and the memory that all take together.
 
-    A way that this machine or this version of torch cannot go has the reason in its row.
+    The row of a way that does not work here gives the reason.
     """
     config = Config.of(meta_batch=meta_batch)
     contenders: dict[str, Callable[[], float]] = {}
@@ -61,7 +61,7 @@ def gpu(
         f"rounds in turn of {STEPS} steps; {peak:.2f} GiB of device memory for all of them together."
     )
     header = ("step", "ms", "episodes/s", f"the paper's {PAPERS_STEPS:,} steps take (target: under 2 min)")
-    return Section("gpu", "scripts/bench.py gpu", header, rows, note, {"seconds": plain(found), "failed": failed})
+    return Section("gpu", "lgm-dist bench gpu", header, rows, note, {"seconds": plain(found), "failed": failed})
 
 
 def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Callable[[int], object]:
@@ -77,7 +77,7 @@ def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Callable[
 
 
 def _timed(work: Callable[[int], object], device: str) -> Callable[[], float]:
-    """Seconds a step, over STEPS steps, the device waited for at both ends only."""
+    """Seconds of a step, over STEPS steps; the host waits for the device at both ends only."""
     done = 0
 
     def run() -> float:

@@ -1,4 +1,4 @@
-"""Episodes from memory, ours and written plainly in numpy; and evaluations, which read most of them."""
+"""Episodes from memory, ours and plain numpy's, and evaluations."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ HEADER = ("episodes ready for the model", "episodes/s", "to plain numpy")
 
 
 def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] | None = None) -> Section:
-    """5-way 1-shot 15-query episodes a second, sampling and gathering, in one process.
+    """Sample and gather 5-way 1-shot 15-query episodes in one process.
 
-    `against` names peers (of PEERS); None: those that are installed. Raises ValueError for one that is not.
+    `against` names peers of PEERS; None takes those that are installed. Raises ValueError for a peer that is not installed.
     """
     peers = {name: PEERS[name](bank) for name in (installed_peers() if against is None else against)}
     torch.set_num_threads(threads)
@@ -51,16 +51,16 @@ def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] 
         f"5-way 1-shot 15-query, {bank.name} ({len(bank.images):,} images of {bank.images.shape[1]} x {bank.images.shape[2]}), "
         f"{threads} threads; median [smallest, largest] of {rounds} rounds of {EPISODES} episodes in turn."
     )
-    return Section("data", "scripts/bench.py data", HEADER, rows, note, {"seconds": plain(found)})
+    return Section("data", "lgm-dist bench data", HEADER, rows, note, {"seconds": plain(found)})
 
 
 def installed_peers() -> list[str]:
-    """The peers that can be imported here."""
+    """The peers that are installed."""
     return [name for name in PEERS if importlib.util.find_spec(name)]
 
 
 def _easyfsl(bank: ImageBank) -> Callable[[], object]:
-    """EPISODES episodes of easyfsl's fastest configuration: normalised float tensors in memory, no worker processes."""
+    """EPISODES episodes of easyfsl in its fastest configuration: normalised float tensors in memory, no worker processes."""
     try:
         from easyfsl.datasets import FeaturesDataset
         from easyfsl.samplers import TaskSampler
@@ -71,7 +71,7 @@ def _easyfsl(bank: ImageBank) -> Callable[[], object]:
     labels = np.repeat(np.arange(len(bank.classes)), bank.counts)
     everything = load_images(bank, CONFIG, np.arange(len(bank.images))).contiguous()  # (n, C, H, W)
     dataset = FeaturesDataset(labels.tolist(), everything, list(bank.classes))
-    with mock.patch.object(Sampler, "__init__", return_value=None):  # it hands on an argument that torch has dropped
+    with mock.patch.object(Sampler, "__init__", return_value=None):  # it passes an argument that torch has dropped
         sampler = TaskSampler(dataset, CONFIG.episodes.ways, CONFIG.episodes.shot, CONFIG.episodes.query, EPISODES)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
     return lambda: list(loader)
@@ -94,7 +94,7 @@ def _rate(seconds: Spread) -> Spread:
 
 
 def plainly(bank: ImageBank, normalise: bool) -> np.ndarray:
-    """EPISODES episodes as one would write it: (episodes, 80, H, W, C), or (episodes, 80, C, H, W) normalised."""
+    """EPISODES episodes in plain numpy: (episodes, 80, H, W, C), or (episodes, 80, C, H, W) normalised."""
     random, images = np.random.default_rng(0), np.asarray(bank.images)
     mean, std = np.array(bank.mean, np.float32), np.array(bank.std, np.float32)
     found = []
@@ -111,7 +111,7 @@ def plainly(bank: ImageBank, normalise: bool) -> np.ndarray:
 
 
 def evaluation(bank: ImageBank, rounds: int, episodes: int = 2000, threads: int = 2) -> Section:
-    """An evaluation with ten noise draws against one with a single draw; images are embedded once for all draws."""
+    """Compare an evaluation with ten noise draws with one with a single draw. Images are embedded once for all draws."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -131,4 +131,4 @@ def evaluation(bank: ImageBank, rounds: int, episodes: int = 2000, threads: int 
         f"median [smallest, largest] of {rounds} rounds in turn."
     )
     header = ("noise draws", "seconds", "times as long")
-    return Section("evaluation", "scripts/bench.py evaluation", header, rows, note, {"seconds": plain(found)})
+    return Section("evaluation", "lgm-dist bench evaluation", header, rows, note, {"seconds": plain(found)})

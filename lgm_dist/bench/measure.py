@@ -1,4 +1,4 @@
-"""Taking turns, medians with their spread, paired ratios, and what the figures were measured on. Standard library and torch."""
+"""Measuring contenders in turn, medians with their spread, paired ratios, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from lgm_dist.runs.facts import commit
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of some measurements."""
+    """Some measurements of the same quantity."""
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median."""
         return statistics.median(self.values)
 
     def text(self, digits: int = 1) -> str:
-        """median [smallest, largest]."""
+        """The measurements as "median [smallest, largest]"."""
         low, middle, high = (f"{v:,.{digits}f}" for v in (min(self.values), self.median, max(self.values)))
         return f"{middle} [{low}, {high}]"
 
     def each(self, change: Callable[[float], float]) -> Spread:
-        """The spread of changed measurements, such as episodes a second from seconds."""
+        """The measurements after a conversion, such as seconds to episodes/s."""
         return Spread(tuple(change(value) for value in self.values))
 
 
 def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, Spread]:
-    """Lets each contender measure itself once a round, A B A B …; the first `warmup` rounds do not count."""
+    """Measure each contender once a round, A B A B …. The first `warmup` rounds do not count."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
         for name, contender in contenders.items():
@@ -51,7 +51,7 @@ def in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: 
 
 
 def ratio(a: Spread, b: Spread) -> Spread:
-    """a / b, round by round."""
+    """The ratio a / b of each round."""
     return Spread(tuple(x / y for x, y in zip(a.values, b.values, strict=True)))
 
 
@@ -68,7 +68,7 @@ class Section:
 
     @property
     def markdown(self) -> str:
-        """What the README holds."""
+        """The command, the table and its note, as docs/performance.md holds them."""
         note = f"\n{self.note}\n" if self.note else ""
         return f"`{self.command}`\n\n{table(self.header, self.rows)}{note}"
 
@@ -96,12 +96,12 @@ def _processor() -> str:
 
 
 def write(sections: Sequence[Section], path: Path) -> None:
-    """All figures as JSON."""
+    """Write all figures as JSON."""
     found = {s.name: {"command": s.command, "note": s.note, **s.values} for s in sections}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"facts": facts(), **found}, indent=1) + "\n")
 
 
 def plain(spreads: Mapping[str, Spread]) -> dict[str, list[float]]:
-    """Spreads as JSON takes them."""
+    """Spreads as lists, for JSON."""
     return {name: list(spread.values) for name, spread in spreads.items()}

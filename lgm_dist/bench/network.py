@@ -1,4 +1,4 @@
-"""What the network costs: steps against the plain network, the distance to the machine's own rates, memory, growth."""
+"""The cost of the network: its steps against a plain implementation and the machine's own rates, memory, growth."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ Loss = dict[str, float]
 
 
 def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Section:
-    """Our training step against the plain network's, one query an episode, as in the authors' code.
+    """Time our training step against that of the plain network, with one query an episode as in the authors' code.
 
-    Raises ValueError where the plain network is not at hand.
+    Raises ValueError if the plain network is missing.
     """
     if not REFERENCE.exists():
-        raise ValueError(f"against ({REFERENCE}) is not there; run the benchmark from a checkout of the repository")
+        raise ValueError(
+            f"the plain network ({REFERENCE}) is missing; run the benchmark in a checkout of the repository"
+        )
     kinds = ["ours", "plain", "plain-kept"]
     if torch.cpu._is_avx512_bf16_supported():
         kinds.append("ours-bf16")
@@ -54,14 +56,14 @@ def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Secti
         }
     note = (
         f"Meta-batch 32, 32 x 32 pixels, {StepSetup('ours').threads} threads, float32; median [smallest, largest] of {rounds} "
-        "rounds in turn, each contender in a process of its own. plain: PyTorch as it comes, a loop over episodes, NCHW. "
-        "In brackets: the ratio to it where it keeps freed memory, as our training does."
+        "rounds in turn, each contender in its own process. plain: PyTorch without tuning, a loop over episodes, NCHW. "
+        "In brackets: the ratio if the plain process keeps freed memory too, as our training does."
     )
-    return Section("step", "scripts/bench.py step", STEP_HEADER, rows, note, values)
+    return Section("step", "lgm-dist bench step", STEP_HEADER, rows, note, values)
 
 
 def race(contenders: Mapping[str, StepSetup], rounds: int) -> tuple[dict[str, Spread], Loss]:
-    """Seconds of a step of each, and the loss of its first step."""
+    """Seconds of a step of each contender, and the loss of its first step."""
     with contextlib.ExitStack() as stack:
         steps = {name: stack.enter_context(contender(c)) for name, c in contenders.items()}
         losses: Loss = {}
@@ -78,7 +80,7 @@ def race(contenders: Mapping[str, StepSetup], rounds: int) -> tuple[dict[str, Sp
 
 
 def flops(steps: StepSetup, model: ModelConfig | None = None) -> int:
-    """Of an episode, forward and backward: 2 a multiply-add, convolutions and matrix products only (lgmnet-spec section 9)."""
+    """FLOPs of an episode, forward and backward: 2 for a multiply-add, convolutions and matrix products only."""
     model = model or ModelConfig()
     f, support = model.filters, steps.ways * steps.shot
     images = support + steps.queries
@@ -99,7 +101,7 @@ def flops(steps: StepSetup, model: ModelConfig | None = None) -> int:
 
 
 def floor(rounds: int) -> Section:
-    """How far a step is from what its FLOPs would take at the rate of torch's best convolution on this machine."""
+    """Compare a step with the time of its FLOPs at the rate of torch's best convolution on this machine."""
     steps = StepSetup("ours")
     torch.set_num_threads(steps.threads)
     x = torch.randn(192, 64, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -135,10 +137,10 @@ def floor(rounds: int) -> Section:
         ("matrix product 2048 x 2048", f"{gemm.text(0)} GFLOP/s"),
         ("least time of an episode at the convolution's rate", f"{episode / rate.median / 1e6:.2f} ms"),
         ("time of an episode", f"{1e3 * found['step'].median / steps.meta_batch:.2f} ms"),
-        ("of the convolution's rate", f"{reached.each(lambda r: 100 * r).text(0)} %"),
+        ("share of the convolution's rate", f"{reached.each(lambda r: 100 * r).text(0)} %"),
     ]
     note = f"5-way 1-shot, one query an episode, float32; median [smallest, largest] of {rounds} rounds in turn."
-    return Section("floor", "scripts/bench.py floor", ("what", "figure"), rows, note, {"seconds": plain(found)})
+    return Section("floor", "lgm-dist bench floor", ("what", "figure"), rows, note, {"seconds": plain(found)})
 
 
 def _seconds(work: Callable[[], tuple[Tensor, ...]]) -> float:
@@ -148,14 +150,14 @@ def _seconds(work: Callable[[], tuple[Tensor, ...]]) -> float:
 
 
 def memory() -> Section:
-    """Peak memory of a worker at the largest of the seed's settings."""
+    """Peak memory of a worker at the largest setting of the paper."""
     steps = StepSetup("ours", 20, 5)
     with contender(steps) as take:
         found = [take() for _ in range(3)][-1]
     row = ("20-way 5-shot, meta-batch 32, 1 query", f"{found['peak_bytes'] / 2**30:.2f} GiB", "4 GiB")
     header = ("training step", "peak memory of the process", "target: under")
     return Section(
-        "memory", "scripts/bench.py memory", header, [row], "After 3 steps, float32.", {"bytes": found["peak_bytes"]}
+        "memory", "lgm-dist bench memory", header, [row], "After 3 steps, float32.", {"bytes": found["peak_bytes"]}
     )
 
 
@@ -170,11 +172,11 @@ GROWTH = (
 
 
 AXES = {"ways": "ways", "shot": "shots", "queries": "queries an episode", "meta_batch": "episodes a step"}
-"""What grows by itself in GROWTH, and its name."""
+"""The settings that GROWTH varies one at a time, and their names."""
 
 
 def growth(rounds: int) -> Section:
-    """Step time and memory against what makes them grow, one thing at a time, and the slopes of straight lines."""
+    """Step time and memory against one setting at a time, with the slopes of straight lines."""
     rows, points = [], []
     for steps in GROWTH:
         with contender(steps) as take:
@@ -197,11 +199,11 @@ def growth(rounds: int) -> Section:
         f"float32, {GROWTH[0].threads} threads; median [smallest, largest] of {rounds} steps. Straight lines: {slopes}."
     )
     header = ("step", "images", "ms", "ms a megapixel", "peak memory (GiB)")
-    return Section("growth", "scripts/bench.py growth", header, rows, note, {"points": points, "slopes": axes})
+    return Section("growth", "lgm-dist bench growth", header, rows, note, {"points": points, "slopes": axes})
 
 
 def along(points: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:
-    """The points of `growth` that differ from the first in nothing but `axis`, in its order."""
+    """The points of `growth` that differ from the first only in `axis`, in its order."""
     others = [name for name in (*AXES, "size") if name != axis]
     return sorted(
         (p for p in points if all(p[name] == points[0][name] for name in others)), key=lambda p: float(p[axis])
@@ -209,7 +211,7 @@ def along(points: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, A
 
 
 def _line(points: Sequence[Mapping[str, Any]], axis: str) -> dict[str, float]:
-    """Slopes of least squares: seconds and bytes for one more."""
+    """Least-squares slopes along `axis`: seconds and bytes for one more."""
     chosen = along(points, axis)
     x = np.array([p[axis] for p in chosen])
     seconds, peaks = [Spread(p["seconds"]).median for p in chosen], [p["peak_bytes"] for p in chosen]

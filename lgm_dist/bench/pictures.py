@@ -1,4 +1,4 @@
-"""The picture of how a step's time and memory grow."""
+"""The picture of how the time and memory of a step grow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lgm_dist.bench.network import AXES, along
 
 
 def growth(values: Mapping[str, Any], path: Path) -> None:
-    """Draws what `network.growth` has found into `path` (PNG): a column a thing that grows, time above and memory below."""
+    """Draw the figures of `network.growth` into `path` (PNG): one column for each setting, time above, memory below."""
     figure, axes = plt.subplots(2, len(AXES), figsize=(3 * len(AXES), 5), sharey="row", layout="constrained")
     for column, (axis, name) in enumerate(AXES.items()):
         chosen = along(values["points"], axis)

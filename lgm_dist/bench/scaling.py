@@ -1,6 +1,6 @@
-"""One worker against several: measured on this machine, and on paper for as many as a cluster may have.
+"""One worker against several: measured on this machine, and calculated for a cluster.
 
-python -m lgm_dist.bench.scaling STORE WORLD_SIZE RANK [apart]: one of the measured workers.
+`python -m lgm_dist.bench.scaling STORE WORLD_SIZE RANK [apart]` is one of the measured workers.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ GRADIENTS = 2_661_376 * 4
 SIZES = (4, GRADIENTS)
 """Bytes of the all-reduces that are timed."""
 NETWORKS = {"10 Gbit/s, 50 µs": (50e-6, 1.25e9), "100 Gbit/s, 10 µs": (10e-6, 12.5e9)}
-"""Seconds to a neighbour and bytes a second, of networks that are assumed and not measured."""
+"""Latency in seconds and bandwidth in bytes/s of networks that are assumed, not measured."""
 WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def scaling(rounds: int) -> Section:
-    """Workers of one thread against one such worker, the same global meta-batch of 32 episodes.
+    """Compare 2 and 4 workers of one thread with one such worker, at the same global meta-batch of 32 episodes.
 
-    Beside them the machine's own ceiling: two processes that each take half of the meta-batch and share nothing.
+    Two processes that each take half of the meta-batch and share nothing show the limit of the machine.
     """
     names = ("1 worker", "2 processes that share nothing", "2 workers", "4 workers on 2 cores")
     found = in_turn(
@@ -60,15 +60,15 @@ def scaling(rounds: int) -> Section:
         f"{STEPS} steps."
     )
     header = ("workers", "episodes/s", "faster by")
-    return Section("scaling", "scripts/bench.py scaling", header, rows, note, {"seconds": plain(found)})
+    return Section("scaling", "lgm-dist bench scaling", header, rows, note, {"seconds": plain(found)})
 
 
 def model() -> Section:
-    """What more workers would do, on paper: this machine's measured compute and all-reduces, and two assumed networks.
+    """Calculate what more workers would do, from this machine's measured compute and all-reduces and two assumed networks.
 
-    A worker of one thread keeps a slice of 32 episodes, so the meta-batch grows with the workers. Its gradients go round a
-    ring, 2 (W - 1) / W times their bytes; each of the normalisation's small all-reduces takes 2 log2(W) latencies, and so
-    does the ring's start. Nothing is hidden behind the backward pass, so this is from above.
+    A worker of one thread keeps a slice of 32 episodes, so the meta-batch grows with the workers. The gradients go round a
+    ring, 2 (W - 1) / W times their bytes; each small all-reduce of the normalisation takes 2 log2(W) latencies, and so
+    does the start of the ring. Nothing is hidden behind the backward pass, so this is an upper bound of the time.
     """
     alone, two = _workers(1)[0], _workers(2)
     small, large, told = (
@@ -93,27 +93,27 @@ def model() -> Section:
     )
     header = ("network", *(str(w) for w in WORLD_SIZES), "communication passes compute at")
     values["measured"] = {"alone": alone, "two": two}
-    return Section("scaling on paper", "scripts/bench.py scaling --model", header, rows, note, values)
+    return Section("scaling on paper", "lgm-dist bench scaling --model", header, rows, note, values)
 
 
 def communication(workers: int, latency: float, rate: float, collectives: int) -> float:
-    """Seconds that a step of so many workers spends in all-reduces: a ring of the gradients, trees of the small ones."""
+    """Seconds that a step spends in all-reduces: a ring for the gradients, trees for the small ones."""
     ring = 2 * (workers - 1) / workers * GRADIENTS / rate + 2 * (workers - 1) * latency
     return ring + collectives * 2 * math.ceil(math.log2(workers)) * latency
 
 
 def _ddp(world_size: int) -> float:
-    """Median seconds of a step of so many workers."""
+    """Median seconds of a step with `world_size` workers."""
     return max(one["seconds"] for one in _workers(world_size))
 
 
 def _apart() -> float:
-    """Median seconds of a step of two processes, each with half of the meta-batch and alone."""
+    """Median seconds of a step of two independent processes, each with half of the meta-batch."""
     return max(one["seconds"] for one in _workers(2, "apart"))
 
 
 def _workers(world_size: int, *words: str) -> list[dict[str, float]]:
-    """What each of so many processes has measured."""
+    """The measurements of each of `world_size` processes."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         command = [sys.executable, "-m", "lgm_dist.bench.scaling", f"{folder}/store", str(world_size)]
@@ -127,7 +127,7 @@ def _workers(world_size: int, *words: str) -> list[dict[str, float]]:
 
 
 def _worker(store: str, world_size: int, rank: int, *words: str) -> dict[str, float]:
-    """Seconds of a step of this worker, and what it tells the others in one: collectives and bytes of the normalisation."""
+    """Seconds of a step of this worker, and the all-reduces of its normalisation: how many, and their bytes."""
     torch.set_num_threads(1)
     keep_freed_memory()
     config, batch = Config.of(meta_batch=META_BATCH), batch_of(StepSetup("ours", meta_batch=META_BATCH // world_size))
@@ -164,7 +164,7 @@ def _counted(sums: AllReduce, told: list[int]) -> AllReduce:
 
 
 def _all_reduce_seconds(reduce: AllReduce, size: int) -> float:
-    """Median seconds of an all-reduce of so many bytes."""
+    """Median seconds of an all-reduce of `size` bytes."""
     x = torch.zeros(size // 4)
     return Spread(tuple(_timed(lambda: reduce(x)) for _ in range(30))).median
 

@@ -1,4 +1,4 @@
-"""Training steps, each contender in a process of its own: its allocator, threads and peak memory are not another's.
+"""Training steps, each contender in its own process, so that allocator, threads and peak memory are its own.
 
 echo go | python -m lgm_dist.bench.steps '{"kind": "ours", "ways": 5, ...}'
 """
@@ -33,25 +33,25 @@ from lgm_dist.training.worker import Worker
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests/reference.py"
-"""The network as plain as it can be written; a checkout has it, an installed package does not."""
+"""The plain network. A checkout has it, an installed package does not."""
 
 
 @dataclass(frozen=True)
 class StepSetup:
-    """What a contender trains: `kind` is ours, ours-bf16, plain (the reference) or plain-kept (it keeps freed memory)."""
+    """What a contender trains. `kind` is ours, ours-bf16, plain (the reference) or plain-kept (which keeps freed memory)."""
 
     kind: str
     ways: int = 5
     shot: int = 1
     queries: int = 1
-    """T, of an episode."""
+    """T: query images of an episode."""
     meta_batch: int = 32
     size: int = 32
     threads: int = 2
 
 
 def batch_of(steps: StepSetup) -> EpisodeBatch:
-    """Random episodes, always the same."""
+    """The same random episodes at each call."""
     random = np.random.default_rng(0)
     b, s, t = steps.meta_batch, steps.ways * steps.shot, steps.queries
     images = random.standard_normal((b, s + t, steps.size, steps.size, 3), np.float32)
@@ -61,7 +61,7 @@ def batch_of(steps: StepSetup) -> EpisodeBatch:
 
 
 def stepper(steps: StepSetup) -> Callable[[], float]:
-    """A function that takes one optimizer step and returns its loss."""
+    """Return a function that takes one optimizer step and returns its loss."""
     torch.set_num_threads(steps.threads)
     if steps.kind != "plain":
         keep_freed_memory()
@@ -98,7 +98,7 @@ def _reference() -> ModuleType:
 
 @contextlib.contextmanager
 def contender(steps: StepSetup) -> Iterator[Callable[[], dict[str, float]]]:
-    """A process that takes one step a call: {"seconds", "loss", "peak_bytes"}; it sleeps in between."""
+    """A process that takes one step a call and returns {"seconds", "loss", "peak_bytes"}. It sleeps in between."""
     environment = os.environ | {"OMP_NUM_THREADS": str(steps.threads)}
     command = [sys.executable, "-m", "lgm_dist.bench.steps", json.dumps(asdict(steps))]
     process = subprocess.Popen(
@@ -122,7 +122,7 @@ def contender(steps: StepSetup) -> Iterator[Callable[[], dict[str, float]]]:
 
 
 def main(argument: str) -> None:
-    """The contender's process: a line of JSON for each line that it is given."""
+    """The process of a contender: it prints a line of JSON for each line of standard input."""
     values: dict[str, Any] = json.loads(argument)
     step = stepper(StepSetup(**values))
     for _ in sys.stdin:

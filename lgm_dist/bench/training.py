@@ -1,4 +1,4 @@
-"""Whole trainings: from the command to the first step, and what is not the model."""
+"""Whole trainings: the time from the command to the first step, and the time beside the model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lgm_dist.bench.steps import ROOT, StepSetup, contender
 from lgm_dist.runs.metrics import read_metrics
 
 STEPS, STARTING = 60, 20
-"""Steps of a training, and those of them in which processes that have just started are still busy with themselves."""
+"""Steps of a training, and those at its start that do not count, because new processes are still busy."""
 
 
 def train(data: str, data_root: str, rounds: int) -> Section:
-    """Real trainings of scripts/train.py: seconds to the first step, and the part of the time after it that is not the model.
+    """Run real trainings: seconds to the first step, and the share of the time after it that is not the model.
 
-    The model's own step is timed in turn with them, in a process of its own, on random episodes of the same size.
+    The step of the model alone is timed in turn with them, in its own process, on random episodes of the same size.
     """
     found: dict[str, list[float]] = {name: [] for name in ("first 0", "first 1", "step 0", "step 1", "alone")}
     steps = StepSetup("ours", queries=5)
     for turn in range(rounds + 1):
         for workers in (0, 1):
             first, each = _run(data, data_root, workers)
-            if turn:  # the first finds nothing in the page cache
+            if turn:  # in the first round the page cache is cold
                 found[f"first {workers}"].append(first)
                 found[f"step {workers}"].append(each)
         with contender(steps) as take:
@@ -39,16 +39,16 @@ def train(data: str, data_root: str, rounds: int) -> Section:
         share = ratio(spreads["alone"], spreads[f"step {workers}"]).each(lambda r: 100 * (1 - r))
         how = "this process (--workers 0)" if not workers else "Ray Train (--workers 1)"
         rows.append((how, f"{spreads[f'first {workers}'].text()} s", f"{limit} s", f"{share.text()} %", "5 %"))
-    header = ("trained in", "from command to first step", "target: under", "not the model, after it", "target: under")
+    header = ("trained in", "from command to first step", "target: under", "time beside the model", "target: under")
     note = (
         f"5-way 1-shot, one query a class, meta-batch 32, {STEPS} steps without an evaluation, of which the first {STARTING} "
         f"do not count, warm caches, W&B offline; median [smallest, largest] of {rounds} rounds in turn."
     )
-    return Section("train", "scripts/bench.py train", header, rows, note, {"seconds": plain(spreads)})
+    return Section("train", "lgm-dist bench train", header, rows, note, {"seconds": plain(spreads)})
 
 
 def _run(data: str, data_root: str, workers: int) -> tuple[float, float]:
-    """Seconds from the command to its first step, and the mean of those of the steps after STARTING."""
+    """Seconds from the command to its first step, and the mean seconds of the steps after STARTING."""
     with tempfile.TemporaryDirectory() as storage:
         flags = [f"--data={data}", f"--data-root={data_root}", f"--workers={workers}", f"--storage={storage}"]
         flags += ["--name=bench", "--epochs=1", f"--steps-per-epoch={STEPS}", f"--eval-every={STEPS}"]
@@ -66,7 +66,7 @@ def _run(data: str, data_root: str, workers: int) -> tuple[float, float]:
                 first = time.time() - start
                 process.communicate()
             except BaseException:  # Ctrl-C too
-                process.terminate()  # it ends after its step, and is waited for
+                process.terminate()  # it ends after its step
                 raise
         seconds = [row["seconds"] for row in read_metrics(run)][STARTING:-1]
         return first, (seconds[-1] - seconds[0]) / (len(seconds) - 1)

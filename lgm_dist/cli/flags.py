@@ -96,7 +96,7 @@ def parse(cls: type[F], argv: list[str], base: Config | None = None) -> tuple[Co
     groups = {name: _as_flags(type(getattr(cls(), name)), getattr(defaults, name)) for name in GROUPS}
     default = cls(**groups, preset=start.preset, config=start.config)
     flags = tyro.cli(cls, default=default, args=_split_workers(argv), description=_description(cls))
-    return Config(**{name: _as_config(name, getattr(flags, name)) for name in GROUPS}), flags
+    return Config.of(**{name: _as_config(name, getattr(flags, name)) for name in GROUPS}), flags
 
 
 def _with_defaults(chosen: Config, base: Config) -> Config:

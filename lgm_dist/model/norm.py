@@ -1,8 +1,8 @@
-"""Normalisation over the global meta-batch, the worker's slice of it, or each episode; moving averages in evaluation.
+"""Normalisation over the global meta-batch, over a worker's slice of it, or over each episode; moving averages in evaluation.
 
-With statistics over the global meta-batch this is the paper's intertask normalisation (section 3.3 of arXiv 1905.06331; in
-the authors' code plain batch normalisation over all images of all episodes). The module knows no process group: where the
-meta-batch is spread over workers, `all_reduce` is set from outside to a function that sums a tensor over them in place.
+Over the global meta-batch this is the paper's intertask normalisation (section 3.3 of arXiv 1905.06331; in the authors' code
+plain batch normalisation over all images of all episodes). The module knows no process group: if the meta-batch is spread over
+workers, set `all_reduce` to a function that sums a tensor over them in place.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lgm_dist.config import ModelConfig
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all workers, in place."""
 Moments = tuple[Tensor, Tensor, float]
-"""Mean (F,) and population variance (F,) of each channel, and how many values of a channel they are of."""
+"""Mean (F,) and population variance (F,) of each channel, and the number of values of a channel."""
 _VALUES_AT_ONCE = 16 * 1024
 
 
 class Norm(nn.Module):
-    """Normalises (n, F, h, w) with a learned scale and shift per channel.
+    """Normalises (n, F, h, w) with a learned scale and shift for each of F = `channels` channels.
 
     In training `running_mean` and `running_var` follow the statistics (variance Bessel-corrected, as in TensorFlow's fused
     kernel); they are equal on every worker at all times. In evaluation they take the place of the statistics.
@@ -33,22 +33,32 @@ class Norm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, channels: int) -> None:
         super().__init__()
         self.kind = config.norm
         self.scope = config.norm_scope
         self.momentum = 1 - config.norm_decay
         self.epsilon = config.norm_epsilon
-        self.groups = {"group": config.norm_groups, "instance": config.filters}.get(config.norm, 1)
+        self.groups = {"group": config.norm_groups, "instance": channels}.get(config.norm, 1)
+        if channels % self.groups:
+            raise ValueError(f"model.norm_groups ({self.groups}) must divide the {channels} channels of every layer")
         self.all_reduce: AllReduce | None = None
-        self.weight = nn.Parameter(torch.ones(config.filters))
-        self.bias = nn.Parameter(torch.zeros(config.filters))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         if config.norm == "batch":
-            self.register_buffer("running_mean", torch.zeros(config.filters))
-            self.register_buffer("running_var", torch.ones(config.filters))
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_var", torch.ones(channels))
+
+    @property
+    def uses_batch(self) -> bool:
+        """True if it is in training and normalises with one mean and variance over all images that it gets."""
+        return self.training and self.kind == "batch" and self.scope != "episode"
 
     def forward(self, x: Tensor, episodes: int) -> Tensor:
-        """x (n, F, h, w), the images of `episodes` episodes one after the other -> the same shape."""
+        """x (n, F, h, w), the images of `episodes` episodes, one episode after the other -> the same shape.
+
+        Only scope episode in training reads `episodes`.
+        """
         if self.kind != "batch":
             return torch.group_norm(x, self.groups, self.weight, self.bias, self.epsilon)
         if not self.training:
@@ -66,24 +76,24 @@ class Norm(nn.Module):
             )
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.epsilon)
-        self._follow(mean, var)
+        self._move_averages(mean, var)
         return y
 
     def _over_workers(self, x: Tensor) -> Tensor:
-        mean, var, count = self.settle(*moments(x))
+        mean, var, count = self.track(*moments(x))
         y: Tensor = _NormOverWorkers.apply(
             x, self.weight, self.bias, *(m.to(self.weight.dtype) for m in (mean, var)), count, self
         )
         return y
 
     @torch.no_grad()
-    def settle(self, mean: Tensor, var: Tensor, count: float) -> Moments:
-        """The moments to normalise with, where this worker's are those given; moves the averages. Not for scope episode."""
+    def track(self, mean: Tensor, var: Tensor, count: float) -> Moments:
+        """Move the averages towards this worker's moments; return the moments to normalise with. Not for scope episode."""
         if self.scope == "global" and self.all_reduce is not None:
-            mean, var, count = _over_all(mean, var, count, self.all_reduce)
+            mean, var, count = _moments_over_workers(mean, var, count, self.all_reduce)
         unbiased = var * (count / max(count - 1, 1))
         if self.scope == "worker":
-            self._follow(mean, unbiased)
+            self._move_averages(mean, unbiased)
         else:
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
@@ -92,10 +102,10 @@ class Norm(nn.Module):
     def input_gradient(
         self, weight: Tensor, grad_weight: Tensor, grad_bias: Tensor, mean: Tensor, var: Tensor, count: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """scale, slope, offset (F,) that make the gradient of the normalisation's input x: scale * grad + slope * x + offset.
+        """scale, slope, offset (F,): the gradient of the normalisation's input x is scale * grad + slope * x + offset.
 
-        `grad_weight` and `grad_bias` are this worker's sums of grad * normalised x and of grad; the other three as `settle`
-        has returned them.
+        `grad_weight` and `grad_bias` are this worker's sums of grad * normalised x and of grad; `mean`, `var` and `count`
+        are what `track` returned.
         """
         total = torch.stack([grad_weight, grad_bias]).double()  # (2, F)
         if self.scope == "global" and self.all_reduce is not None:
@@ -111,19 +121,19 @@ class Norm(nn.Module):
         x = x.to(self.weight.dtype)
         x5 = x.unflatten(0, (episodes, -1))  # (B, n, F, h, w)
         mean = x5.mean((1, 3, 4), keepdim=True)  # (B, 1, F, 1, 1)
-        rest = x5 - mean  # (B, n, F, h, w)
-        var = rest.square().mean((1, 3, 4), keepdim=True)  # (B, 1, F, 1, 1); torch.var_mean takes six times as long
-        y = (rest * torch.rsqrt(var + self.epsilon)).flatten(0, 1)  # (B * n, F, h, w)
+        centred = x5 - mean  # (B, n, F, h, w)
+        var = centred.square().mean((1, 3, 4), keepdim=True)  # (B, 1, F, 1, 1); torch.var_mean takes six times as long
+        y = (centred * torch.rsqrt(var + self.epsilon)).flatten(0, 1)  # (B * n, F, h, w)
         count = x5.shape[1] * x5.shape[3] * x5.shape[4]
         with torch.no_grad():
             bessel = count / max(count - 1, 1)
-            self._follow(mean.flatten(1).mean(0), var.flatten(1).mean(0) * bessel)  # (F,)
+            self._move_averages(mean.flatten(1).mean(0), var.flatten(1).mean(0) * bessel)  # (F,)
         scaled: Tensor = y * self.weight[:, None, None] + self.bias[:, None, None]
         return scaled
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, var: Tensor) -> None:
-        """Moves the averages towards this worker's statistics, averaged over the workers."""
+    def _move_averages(self, mean: Tensor, var: Tensor) -> None:
+        """Move the averages towards the mean over the workers of their statistics."""
         statistics = torch.stack([mean, var, torch.ones_like(mean)])  # (3, F)
         if self.all_reduce is not None:
             self.all_reduce(statistics)
@@ -134,23 +144,23 @@ class Norm(nn.Module):
 
 @torch.no_grad()
 def moments(x: Tensor) -> Moments:
-    """Of x (n, F, h, w), in float64: first means, then what is left of them, many times faster than torch.var_mean on a CPU."""
+    """The moments of x (n, F, h, w) in float64, many times faster than torch.var_mean on a CPU."""
     size = max(_VALUES_AT_ONCE // (x.shape[2] * x.shape[3]), 1)
-    return union([_moments(piece) for piece in x.split(size)])
+    return _union([_moments(piece) for piece in x.split(size)])
 
 
 def _moments(x: Tensor) -> Moments:
-    """In two passes, for which x had best fit into the cache; of bfloat16 values in float32."""
+    """The moments of a piece that fits into the cache, in two passes; bfloat16 is summed in float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = x.mean((0, 2, 3))  # (F,)
-    rest = x - mean[:, None, None]  # (n, F, h, w)
-    left = rest.mean((0, 2, 3)).double()  # (F,)
-    var = rest.square_().mean((0, 2, 3)).double() - left.square()  # (F,)
-    return mean.double() + left, var, x.numel() / x.shape[1]
+    centred = x - mean[:, None, None]  # (n, F, h, w)
+    correction = centred.mean((0, 2, 3)).double()  # (F,)
+    var = centred.square_().mean((0, 2, 3)).double() - correction.square()  # (F,)
+    return mean.double() + correction, var, x.numel() / x.shape[1]
 
 
-def union(parts: list[Moments]) -> Moments:
-    """Moments of all values, from those of their parts."""
+def _union(parts: list[Moments]) -> Moments:
+    """The moments of all values, from those of their parts."""
     means, variances = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])  # (p, F)
     counts = torch.tensor([part[2] for part in parts], dtype=means.dtype, device=means.device)[:, None]  # (p, 1)
     share = counts / counts.sum()  # (p, 1)
@@ -158,10 +168,10 @@ def union(parts: list[Moments]) -> Moments:
     return mean, (share * (variances + (means - mean).square())).sum(0), sum(part[2] for part in parts)
 
 
-def _over_all(mean: Tensor, var: Tensor, count: float, all_reduce: AllReduce) -> Moments:
+def _moments_over_workers(mean: Tensor, var: Tensor, count: float, all_reduce: AllReduce) -> Moments:
     """The moments of the values of all workers, from those of each, in one collective.
 
-    In float64, so that the mean's square may be taken off the mean square.
+    In float64, because the square of the mean is subtracted from the mean square.
     """
     n = torch.full_like(mean[:1], count)  # (1,)
     total = torch.cat([n, n * mean, n * (var + mean * mean)])  # (1 + 2F,)
@@ -177,7 +187,7 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class _NormOverWorkers(torch.autograd.Function):
-    """Batch normalisation with given statistics, whose gradient knows that every worker's images made the statistics."""
+    """Batch normalisation with given statistics; its gradient takes into account that all workers' images made them."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Weights of the authors' TensorFlow graph, by their variable names (kernels HWIO, generator columns in its own order)."""
+"""Loads the weights of the authors' TensorFlow graph by its variable names (kernels HWIO, generator columns in its order)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lgm_dist.model.backbones.conv4 import Conv4
+from lgm_dist.model.generators.lgm import LGMGenerator
 from lgm_dist.model.lgmnet import LGMNet
 
 Variables = Mapping[str, npt.NDArray[np.floating]]
@@ -18,11 +20,11 @@ _NORM_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
 
 
 def load_tf_variables(model: LGMNet, variables: Variables) -> None:
-    """Sets all parameters and moving statistics of `model` from the authors' variables.
+    """Set all parameters and moving statistics of `model` (conv4 and lgm) from the authors' variables.
 
     Names are `extractor/conv_layers/g_conv{1..4}/…`, `TaskContext/TaskTransformer/t_conv{1..3}/…` and
-    `Classifier/meta_conv{1,2}/MetaNetwork_meta_conv/meta_weights/{w1,b1}`; others (of the optimizer, say) are left alone.
-    Raises ValueError for a variable that is missing or has another shape; the model is then unchanged.
+    `Classifier/meta_conv{1,2}/MetaNetwork_meta_conv/meta_weights/{w1,b1}`; others, such as the optimizer's, are ignored.
+    Raises ValueError for a variable that is missing or has another shape, and for other parts; the model is then unchanged.
     """
     values = [(target, _value(variables, name, target)) for name, target in tf_names(model)]
     with torch.no_grad():
@@ -31,18 +33,24 @@ def load_tf_variables(model: LGMNet, variables: Variables) -> None:
 
 
 def tf_names(model: LGMNet) -> Iterator[tuple[str, Tensor]]:
-    """The authors' name of each parameter and moving statistic of `model`."""
-    for i, (conv, norm) in enumerate(zip(model.extractor.convs, model.extractor.norms, strict=True), 1):
+    """The authors' name of each parameter and moving statistic of `model`, with the tensor."""
+    backbone, generator = model.backbone, model.generator
+    if not isinstance(backbone, Conv4) or not isinstance(generator, LGMGenerator):
+        raise ValueError(
+            f"the authors' variables fit model.backbone conv4 and model.generator lgm, not {model.config.backbone} and "
+            f"{model.config.generator}; build the network with ModelConfig()"
+        )
+    for i, (conv, norm) in enumerate(zip(backbone.convs, backbone.norms, strict=True), 1):
         scope = f"extractor/conv_layers/g_conv{i}/"
         yield from _conv_names(scope, conv)
         yield from _norm_names(scope, norm)
-    for i, conv in enumerate(model.context_encoder.convs, 1):
+    for i, conv in enumerate(generator.encoder.convs, 1):
         scope = f"TaskContext/TaskTransformer/t_conv{i}/"
         yield from _conv_names(scope, conv)
-        if i <= len(model.context_encoder.norms):
-            yield from _norm_names(scope, model.context_encoder.norms[i - 1])
-    for i, generator in enumerate(model.generators, 1):
-        for name, parameter in generator.named_parameters():
+        if i <= len(generator.encoder.norms):
+            yield from _norm_names(scope, generator.encoder.norms[i - 1])
+    for i, layer in enumerate(generator.layers, 1):
+        for name, parameter in layer.named_parameters():
             yield f"Classifier/meta_conv{i}/MetaNetwork_meta_conv/meta_weights/{name}", parameter
 
 
@@ -58,7 +66,7 @@ def _norm_names(scope: str, norm: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _value(variables: Variables, name: str, target: Tensor) -> Tensor:
     if name not in variables:
-        raise ValueError(f"variable {name} is missing; give all of the authors' checkpoint")
+        raise ValueError(f"variable {name} is missing; pass all variables of the authors' checkpoint")
     value = torch.from_numpy(np.array(variables[name]))
     if name.endswith("kernel"):
         value = value.permute(3, 2, 0, 1)  # (O, I, 3, 3)
@@ -70,8 +78,8 @@ def _value(variables: Variables, name: str, target: Tensor) -> Tensor:
 
 
 def _generator_columns(value: Tensor) -> Tensor:
-    """The authors' kernels come out transposed in space: (…, 9FF + F) with columns (O, I, W, H) -> (O, I, H, W)."""
-    # 9FF + F = value.shape[-1], so F = (sqrt(1 + 36 * that) - 1) / 18
+    """(…, 9FF + F) with columns (O, I, W, H), as the authors' graph transposes generated kernels, -> (O, I, H, W)."""
+    # 9FF + F = value.shape[-1], so F = (sqrt(1 + 36 * value.shape[-1]) - 1) / 18
     filters = round(((1 + 36 * value.shape[-1]) ** 0.5 - 1) / 18)
     kernel, bias = value[..., :-filters], value[..., -filters:]
     kernel = kernel.unflatten(-1, (-1, 3, 3)).transpose(-1, -2).flatten(-3)  # (…, 9FF)

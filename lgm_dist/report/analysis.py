@@ -16,7 +16,7 @@
         "histogram": {"layer1": {"edges": [101 numbers], "counts": [100], "drawn": [100]}, "layer2": …}}}
 
 Accuracies lie in 0 to 1. An accuracy is null for a class that was never asked, its interval and a silhouette where there
-are too few to tell, and "weights" where the network has diverged and they are not finite. A class i is taken for class j
+are too few to tell, and "weights" if the network has no generator or its weights are not finite. A class i is taken for class j
 only where they met, so confusion / met is the rate to look at; chance is the same for all pairs.
 
 The weights illustrate the paper's claim that its network maps training data to functional weights (Li et al., ICML 2019,
@@ -138,15 +138,17 @@ def _weights(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any] |
     classes, rows = _tasks(bank, config)  # (W, N), (W, R, S)
     tasks, supports, _ = rows.shape
     unique, positions = np.unique(rows, return_inverse=True)  # (n,)
-    contexts = embed_images(model, bank, config, unique, Worker())[1]  # (n, 2Z)
-    context = contexts[torch.from_numpy(positions.reshape(tasks * supports, -1))].mean(1)  # (W * R, 2Z)
+    codes = embed_images(model, bank, config, unique, Worker())[1]  # (n, E)
+    codes = codes[torch.from_numpy(positions.reshape(tasks * supports, -1))]  # (W * R, S, E)
     noise = draw_noise(config, bank.split, 0, tasks * supports, 1)[0]  # (W * R, 2, Z)
-    mean, drawn = model.generate(context), model.generate(context, noise)
+    mean, drawn = (model.generator.generate(codes, config.episode(bank.split).ways, n) for n in (None, noise))
+    if not mean:
+        return None  # generator none
     flat = [torch.cat([part.flatten(1) for layer in w for part in layer], 1).numpy() for w in (mean, drawn)]
     if not all(np.isfinite(w).all() for w in flat):
         return None
     task = np.arange(tasks).repeat(supports)  # (W * R,)
-    kernels = {f"layer{i + 1}": (mean[i][0].numpy(), drawn[i][0].numpy()) for i in range(2)}
+    kernels = {f"layer{i + 1}": (mean[i][0].numpy(), drawn[i][0].numpy()) for i in range(len(mean))}
     centre = flat[0].mean(0)
     return {
         "tasks": [[bank.classes[c] for c in chosen] for chosen in classes],

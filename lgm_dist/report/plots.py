@@ -200,9 +200,12 @@ def weights(run: Path) -> Path:
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     figure.suptitle(f"{run.name}{_leak(found['protocol'])}: generated weights", fontsize=11)
     if found["weights"] is None:
-        figure.text(0.5, 0.5, "the generated weights are not finite: the training has diverged", ha="center")
+        figure.text(
+            0.5, 0.5, "no generated weights: the network has no generator, or its weights are not finite", ha="center"
+        )
         return _save(figure, run / WEIGHTS)
-    axes = figure.subplot_mosaic([["xy", "layer1"], ["xy", "layer2"]], width_ratios=(1.5, 1))
+    rows = [["xy", layer] for layer in found["weights"]["histogram"]]
+    axes = figure.subplot_mosaic(rows, width_ratios=(1.5, 1))
     _embedding(axes["xy"], found["weights"])
     for layer, histogram in found["weights"]["histogram"].items():
         edges = histogram["edges"]

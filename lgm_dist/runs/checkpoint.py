@@ -246,7 +246,7 @@ def _check_network(folder: Path, meta: Meta, ours: ModelConfig, data: str = "") 
     perturbed = marked("perturbed")
     theirs, wanted = (
         {name: value for name, value in config.flat().items() if name.startswith("model.") and name not in perturbed}
-        for config in (config_of(folder, meta), Config(model=ours))
+        for config in (config_of(folder, meta), Config.of(model=ours))
     )
     if data and meta.data:
         theirs["the data set's digest"], wanted["the data set's digest"] = meta.data[:16], data[:16]

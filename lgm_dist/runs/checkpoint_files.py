@@ -7,6 +7,7 @@ state.json has `format`, `state`, `config`, `files` (digests by name), `data` (t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -24,7 +25,7 @@ from torch import Tensor
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import statistics
-from lgm_dist.model import LGMNet
+from lgm_dist.model import LGMNet, upgrade_state_dict
 from lgm_dist.training.evaluation import Evaluation
 
 FORMAT = 2
@@ -113,9 +114,12 @@ def read(folder: Path) -> tuple[Meta, dict[str, Any]]:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             if sum(info.file_size for info in file.infolist()) > len(content):
                 raise ValueError("it is compressed, unlike torch's own files, and could unpack to any size")
-        return meta, torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        tensors = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # a file made to do harm can raise almost anything
         raise DamagedCheckpoint(f"checkpoint {folder}/state.pt holds more than tensors and is not loaded") from error
+    with contextlib.suppress(AttributeError, LookupError, TypeError):  # `check_tensors` says what is wrong
+        tensors["model"] = upgrade_state_dict(tensors["model"])
+    return meta, tensors
 
 
 def read_file(folder: Path, name: str, meta: Meta) -> bytes:

@@ -1,7 +1,7 @@
-"""metrics.jsonl, the record of a run: one JSON object a line, written by rank 0 and never lost with it. Standard library.
+"""metrics.jsonl, the record of a run: one JSON object a line, written by rank 0. Standard library only.
 
 A row holds `step` (optimizer steps done), metrics such as `train/loss` under the keys that W&B shows too, and `seconds`
-of training so far.
+of training so far. Each row is on disk before the next step, so a killed worker loses none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows to the run's metrics.jsonl. Continues after `step`: rows that will come again are dropped."""
+    """Append rows to the run's metrics.jsonl, from `step` on: later rows are dropped, because they will come again."""
 
     def __init__(self, run: Path, step: int) -> None:
         _drop_rows_after(run / METRICS, step)
@@ -27,9 +27,9 @@ class MetricsLog:
         self._start = time.monotonic()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: metrics after `step` optimizer steps.
+        """Write a row: the metrics after `step` optimizer steps.
 
-        Raises OSError where the storage has not taken all of it; called again with the same step, writes the rest.
+        Raises OSError if the storage has not taken all of it. A call with the same step then writes the rest.
         """
         if step > self._step:
             row = {"step": step, **metrics, "seconds": round(self._seconds + time.monotonic() - self._start, 3)}
@@ -41,19 +41,19 @@ class MetricsLog:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
 
     def close(self) -> None:
-        """The run is over."""
+        """Close the file."""
         self._file.close()
 
 
 class Tail:
-    """Follows a run's metrics.jsonl while it is written."""
+    """Follow a run's metrics.jsonl while it is written."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / METRICS
         self._inode = self._seen = 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """What has been added since the last look, whole lines only; all of it where a resumed run has replaced the file."""
+        """The rows added since the last call, or all rows if a resumed run has replaced the file. Half-written lines wait."""
         try:
             with self._path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
@@ -61,20 +61,20 @@ class Tail:
                     self._inode, self._seen = inode, 0
                 file.seek(self._seen)
                 lines = file.read().split(b"\n")[:-1]
-        except OSError:  # not there yet, or its storage is away
+        except OSError:  # it does not exist yet, or its storage is away
             return []
         self._seen += sum(len(line) + 1 for line in lines)
         try:
             return [json.loads(line) for line in lines]
-        except ValueError:  # the middle of a line: another file has the inode of an earlier one
+        except ValueError:  # the middle of a line, because a new file has got the inode of an earlier one
             self._seen = 0
             return []
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl; a last line that a killed process left half-written is not one.
+    """All rows of a run's metrics.jsonl, without a last line that a killed process left half-written.
 
-    Raises ValueError, with the line's number, for a line that is no JSON object.
+    Raises ValueError, with the line's number, for a line that is not a JSON object.
     """
     try:
         lines = (run / METRICS).read_text().split("\n")[:-1]
@@ -89,7 +89,7 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError(f"{path} is damaged at line {number}; mend or delete that line")
+        raise ValueError(f"{path} is damaged at line {number}; correct or delete that line")
     return row
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lgm_dist.model import LGMNet
+from lgm_dist.model import LGMNet, build_model
 from lgm_dist.training.arithmetic import arithmetic
 from lgm_dist.training.tasks import Stage, Task
 
@@ -16,7 +17,7 @@ def explain(stage: Stage, model: LGMNet, batch: Any, step: int) -> str:
     """Name the step, its first layer whose output is not finite, and the items of the batch for which it is not.
 
     `model` has the weights and gradients of step `step` of the stage (from 0), which the optimizer has not applied; `batch`
-    is this worker's slice. All workers call this together and get the same. The model is useless for training afterwards.
+    is this worker's slice. All workers call this together and get the same.
     """
     task = stage.task
     worker, of_step = task.worker, task.slice_of(step)
@@ -39,7 +40,10 @@ def explain(stage: Stage, model: LGMNet, batch: Any, step: int) -> str:
 def _outputs(task: Task, model: LGMNet, batch: Any, count: int) -> list[tuple[str, Tensor]]:
     """Names of the layers in the order of the forward pass, each with a mask (count,) of its items that are not finite."""
     outputs: list[tuple[str, Tensor]] = []
-    names = {module: name or "the network" for name, module in model.named_modules()}
+    plain = build_model(replace(model.config, kernels="reference")).to(task.worker.device)  # kernels hide single layers
+    plain.load_state_dict(model.state_dict())
+    plain.reduce_over(task.worker.all_reduce)
+    names = {module: name or "the network" for name, module in plain.named_modules()}
 
     def look(layer: nn.Module, _: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
@@ -47,11 +51,10 @@ def _outputs(task: Task, model: LGMNet, batch: Any, count: int) -> list[tuple[st
         bad = [~torch.isfinite(x).reshape(count, -1).all(1) for x in tensors]
         outputs.append((names[layer], torch.stack(bad).any(0)))
 
-    model.extractor.fused = False  # the layers of its blocks one by one
     for layer in names:
         layer.register_forward_hook(look)
     with arithmetic(tf32=task.config.optim.precision == "tf32"):
-        task.loss(model.train(), batch)
+        task.loss(plain.train(), batch)
     return outputs
 
 

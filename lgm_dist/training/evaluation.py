@@ -117,10 +117,10 @@ def predictions(
     draws, and the labels (B, T).
     """
     embed = _embed_each_image_once if config.episodes.protocol == "standard" else _embed_episodes
-    ways, shot = config.episode(split)[:2]
-    for first, features, context, labels in embed(model, bank, config, split, episodes, worker):
+    ways = config.episode(split).ways
+    for first, features, codes, labels in embed(model, bank, config, split, episodes, worker):
         noise = draw_noise(config, split, first, len(labels), draws).to(worker.device) if draws else [None]
-        log_p = [model.classify(features, context, ways * shot, ways, n) for n in noise]
+        log_p = [model.classify(features, codes, ways, n) for n in noise]
         yield first, torch.stack(log_p), labels
 
 
@@ -136,7 +136,8 @@ def _hits(log_p: Tensor, labels: Tensor, draws: int) -> Tensor:
 
 
 Embedded = Iterator[tuple[int, Tensor, Tensor, Tensor]]
-"""First episode, feature maps (B, S + T, F, h, w), contexts (B, 2Z) and labels (B, T) of consecutive episodes."""
+"""First episode, feature maps (B, S + T, F, h, w), codes of the support images (B, S, E) and labels (B, T) of consecutive
+episodes."""
 
 
 def _embed_each_image_once(
@@ -146,27 +147,27 @@ def _embed_each_image_once(
     everything = draw_rows(bank, config, split, 0, episodes)
     rows = np.concatenate([everything.support, everything.query], axis=1)  # (E, S + T)
     unique, positions = np.unique(rows, return_inverse=True)  # (n,), (E, S + T)
-    features, contexts = embed_images(model, bank, config, unique, worker)  # (n, F, h, w), (n, 2Z)
+    features, codes = embed_images(model, bank, config, unique, worker)  # (n, F, h, w), (n, E)
     labels, where = torch.from_numpy(everything.labels), torch.from_numpy(positions.reshape(rows.shape))
     for first, last in _pieces(worker.slice_of(0, episodes), rows.shape[1]):
         index = where[first:last].to(worker.device)  # (B, S + T)
-        context = contexts[index[:, : everything.support.shape[1]]].mean(1)  # (B, 2Z)
-        yield first, features[index], context, labels[first:last].to(worker.device)
+        support = codes[index[:, : everything.support.shape[1]]]  # (B, S, E)
+        yield first, features[index], support, labels[first:last].to(worker.device)
 
 
 @torch.no_grad()
 def embed_images(
     model: LGMNet, bank: ImageBank, config: Config, rows: npt.NDArray[np.int64], worker: Worker
 ) -> tuple[Tensor, Tensor]:
-    """Feature maps (n, F, h, w) and contexts (n, 2Z) of the bank's rows (n,). The workers share the work.
+    """Feature maps (n, F, h, w) and codes (n, E) of the bank's rows (n,). Each worker embeds its share of them.
 
     `model` is in evaluation mode. The images are not augmented.
     """
     f, c = model.embed(load_images(bank, config, rows[:1]).to(worker.device))  # gives the shapes
-    features, contexts = f.new_zeros(len(rows), *f.shape[1:]), c.new_zeros(len(rows), c.shape[1])
+    features, codes = f.new_zeros(len(rows), *f.shape[1:]), c.new_zeros(len(rows), c.shape[1])
     for i, j in _pieces(worker.slice_of(0, len(rows)), 1):
-        features[i:j], contexts[i:j] = model.embed(load_images(bank, config, rows[i:j]).to(worker.device))
-    return worker.sum(features), worker.sum(contexts)
+        features[i:j], codes[i:j] = model.embed(load_images(bank, config, rows[i:j]).to(worker.device))
+    return worker.sum(features), worker.sum(codes)
 
 
 def _embed_episodes(
@@ -178,9 +179,8 @@ def _embed_episodes(
     for first, last in _pieces(worker.slice_of(0, episodes), images):
         batch = sample_episodes(bank, config, split, first, last - first).to(worker.device)
         both = torch.cat([batch.support, batch.query], dim=1)  # (B, S + T, C, H, W)
-        features, contexts = model.embed(both.flatten(0, 1))  # (B * (S + T), F, h, w), (B * (S + T), 2Z)
-        context = contexts.unflatten(0, (-1, images))[:, : images - 1].mean(1)  # (B, 2Z)
-        yield first, features.unflatten(0, (-1, images)), context, batch.labels
+        features, codes = (x.unflatten(0, (last - first, images)) for x in model.embed(both.flatten(0, 1)))
+        yield first, features, codes[:, : images - 1], batch.labels  # (B, S + T, F, h, w), (B, S, E), (B, T)
 
 
 def _pieces(span: Slice, images: int) -> Iterator[tuple[int, int]]:

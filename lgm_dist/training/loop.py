@@ -13,7 +13,7 @@ from torch import nn
 
 from lgm_dist.config import Config
 from lgm_dist.errors import RunFailed
-from lgm_dist.model import LGMNet
+from lgm_dist.model import LGMNet, build_model
 from lgm_dist.training import diagnosis, episodes_task  # noqa: F401  (registers its task)
 from lgm_dist.training.evaluation import Evaluation
 from lgm_dist.training.memory import peak_memory
@@ -130,9 +130,7 @@ class NotFinite(RunFailed):
 
 def build_network(config: Config, worker: Worker) -> LGMNet:
     """The network with the initial weights of the run's seed; its normalisation spans the workers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        model = LGMNet(config.model)
+    model = build_model(config.model, config.run.seed)
     model.reduce_over(worker.all_reduce)
     return model.to(worker.device)
 

@@ -1,4 +1,4 @@
-"""Memory of this process: its peak, and the C library's allocator told to keep what is freed. Standard library only."""
+"""Memory of this process: its peak, and an allocator that keeps what is freed. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-"""For the environment of a process whose training is not in its main thread, as Ray's: without it `keep_freed_memory` does not
-reach there, since glibc gives other threads memory in pieces of 64 MiB, which it returns whatever it was told."""
+"""Environment of a process that trains in a thread, as Ray's workers do. Without it `keep_freed_memory` has no effect there:
+glibc gives other threads memory from arenas of 64 MiB, which it returns to the kernel in any case."""
 
 
 def keep_freed_memory() -> bool:
-    """Makes this process reuse freed memory of any size instead of returning it; True where the C library can do so.
+    """Make this process reuse freed memory of any size instead of returning it to the kernel. Returns False without glibc.
 
-    glibc gives blocks of more than some MiB back to the kernel when they are freed, and the kernel clears each page when it
-    is next asked for. A training step allocates and frees the same hundreds of MiB every time; with large meta-batches that
-    cost more than a third of it.
+    glibc returns blocks of more than some MiB to the kernel when they are freed, and the kernel clears each page before it
+    hands it out again. A training step allocates and frees the same hundreds of MiB every time; with large meta-batches that
+    takes more than a third of the step.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -31,9 +31,9 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has had in memory so far, without what its parent had before starting it.
+    """Most bytes that this process has had in memory so far.
 
-    getrusage's figure, which is taken where there is no /proc, begins with the parent's.
+    Linux's /proc counts this process alone. The fallback, getrusage, includes what the parent had when it started this one.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lgm_dist.config import Config
+from lgm_dist.runs.checkpoint_files import Meta, TrainState, sha256
 
 FACTS = {
     "commit": "0123456789abcdef0123456789abcdef01234567",
@@ -81,7 +82,11 @@ def write_trial(
         folder = run / "checkpoints" / f"step-{best['step']:08d}"
         folder.mkdir(parents=True)
         np.save(folder / "val.npy", np.asarray(accuracies, dtype=np.float64))
-        state = {"step": best["step"], "val_accuracy": best["val/accuracy"], "val_ci95": best["val/ci95"]}
-        meta = {"format": 1, "sha256": "", "state": state, "config": config.to_dict()}
-        (folder / "state.json").write_text(json.dumps(meta))
+        write_state(folder, TrainState(best["step"], best["val/accuracy"], best["val/ci95"]), config)
     return run
+
+
+def write_state(folder: Path, state: TrainState, config: Config) -> None:
+    """The state.json of a checkpoint folder, with the digests of the files that are there."""
+    digests = {path.name: sha256(path.read_bytes()) for path in folder.iterdir()}
+    Meta(state, config.to_dict(), {"state.pt": "", **digests}, "").write(folder)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fabricated import write_trial
+from fabricated import write_state, write_trial
 
 from lgm_dist.config import Config
+from lgm_dist.runs.checkpoint_files import TrainState
 
 BASE = Config.of(epochs=1, steps_per_epoch=20, meta_batch=4, eval_every=10, eval_episodes=4, eval_ways=5, eval_shot=1)
 NORM: dict[str, Any] = {"kind": "choice", "values": ["batch", "group"], "when": {}}
@@ -51,8 +52,7 @@ def add(
         folder = run / "checkpoints" / f"step-{10 * i:08d}"
         folder.mkdir(parents=True)
         np.save(folder / "val.npy", np.array(evaluations[i - 1]))
-        state = {"step": 10 * i, "val_accuracy": val[i - 1], "val_ci95": 0.01}
-        (folder / "state.json").write_text(json.dumps({"format": 1, "sha256": "", "state": state, "config": {}}))
+        write_state(folder, TrainState(10 * i, val[i - 1], 0.01), Config())
     return run
 
 

@@ -1,1 +1,1 @@
-"""Fast ways of parts of the network, each with its slow reference."""
+"""Fast versions of single operations, used if `ModelConfig.kernels` is "auto"; each has plain operations as its reference."""

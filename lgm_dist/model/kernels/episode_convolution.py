@@ -1,8 +1,8 @@
-"""Convolutions with kernels of each episode's own, as one matrix product an episode.
+"""Convolution of each episode's images with the episode's own kernel, as one matrix product for each episode, on a GPU.
 
-On a GPU in float32 cuDNN takes the groups of such a convolution one after the other.
+The plain operation is a convolution with one group for each episode; in float32 cuDNN runs these groups one after the other.
 
-Shapes: B episodes of n images, F filters in and G out, P = h * w pixels of a map, 9 taps of a kernel.
+Shapes: B episodes of n images, F channels in and G out, P = h * w pixels of a map, 9 taps of a kernel.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+def supports(x: Tensor) -> bool:
+    """True if `convolve` is the faster way for the device of `x`."""
+    return x.is_cuda
+
+
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """x (B, n, F, h, w), of which F had best be last in memory, kernel (B, G, F, 3, 3), bias (B, G) -> (B, n, G, h, w), of
-    x's type or autocast's, G last in memory; with borders of zeros, and the same bits each time."""
+    """x (B, n, F, h, w), kernel (B, G, F, 3, 3), bias (B, G) -> (B, n, G, h, w), zero-padded.
+
+    The result has the dtype of `x`, or that of autocast, and G last in memory; fastest if F is last in the memory of `x`.
+    The same input gives the same bits.
+    """
     device, (height, width) = x.device.type, x.shape[3:]
-    if torch.is_autocast_enabled(device):  # here, as the backward pass runs outside of it
+    if torch.is_autocast_enabled(device):  # cast here: the backward pass runs outside of autocast
         x = x.to(torch.get_autocast_dtype(device))
     pixels = x.permute(0, 1, 3, 4, 2).flatten(2, 3)  # (B, n, P, F)
     taps = kernel.to(x.dtype).flatten(3).permute(0, 3, 2, 1)  # (B, 9, F, G)
@@ -45,23 +53,22 @@ class _Convolve(torch.autograd.Function):
         columns, taps = ctx.saved_tensors
         filters = ctx.shape[3]
         opposite = _neighbours(*ctx.size, grad.device)[1]
-        around = _columns(
-            grad.unflatten(1, ctx.shape[1:3]), opposite
-        )  # (B, n * P, 9 * G): gathered, nothing is added up
+        # Gathering the gradients of a pixel's neighbours adds nothing up, so the order of additions is always the same.
+        around = _columns(grad.unflatten(1, ctx.shape[1:3]), opposite)  # (B, n * P, 9 * G)
         back = taps.unflatten(1, (9, filters)).transpose(2, 3).flatten(1, 2)  # (B, 9 * G, F)
         grad_pixels = torch.bmm(around, back).view(ctx.shape)
         return grad_pixels, torch.bmm(columns.transpose(1, 2), grad), None, None
 
 
 def _columns(pixels: Tensor, neighbours: Tensor) -> Tensor:
-    """pixels (B, n, P, F) -> (B, n * P, 9 * F): the values at each pixel's neighbours (P * 9,), zeros at number P."""
+    """pixels (B, n, P, F) -> (B, n * P, 9 * F): the values at each pixel's `neighbours` (P * 9,); pixel P is zero."""
     with_zeros = F.pad(pixels, (0, 0, 0, 1))  # (B, n, P + 1, F)
     return with_zeros.index_select(2, neighbours).view(len(pixels), -1, 9 * pixels.shape[3])
 
 
-@cache  # of all sizes: a CUDA graph knows them by their place in memory alone
+@cache  # unbounded: a CUDA graph keeps the addresses of these tensors
 def _neighbours(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each pixel its 3 x 3 neighbours in row-major order (P * 9,), P where there is none; and the same backwards."""
+    """Number of each pixel's 3 x 3 neighbours in row-major order (P * 9,), P beyond the border; and in reverse order."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     step = torch.arange(9)
     rows, columns = (y.reshape(-1, 1) + step // 3 - 1, x.reshape(-1, 1) + step % 3 - 1)  # (P, 9)

@@ -1,18 +1,18 @@
-"""What follows a convolution of the extractor, on one GPU in training: batch norm, ReLU and 2 x 2 max-pool, in Triton.
+"""Batch norm, ReLU and 2 x 2 max-pooling after a convolution of the backbone, on one GPU in training, in Triton.
 
-Plain operations pass over the feature map about ten times, and every pass waits for memory. Here the map is read twice on
-the way forward (statistics; normalise, ReLU and pool) and once on the way back, where its gradient is written:
+Plain operations pass over the feature map about ten times, and every pass waits for memory. Here the forward pass reads the
+map twice (statistics; normalise, ReLU and pool), and the backward pass reads it once and writes its gradient once:
 
-- A window's largest normalised value is where the map is largest, or smallest under a negative scale. That value of the
-  map, the window's peak, is kept, so that the sums of the backward pass run over peaks: a quarter of the map.
-- Which of the four it was, and whether ReLU let it through, is found again from the map.
+- The largest normalised value of a window is where the map is largest, or smallest if the scale is negative. That value of
+  the map, the window's peak, is kept, so the sums of the backward pass run over the peaks: a quarter of the map.
+- The backward pass finds again from the map which of the four pixels it was and whether ReLU let it through.
 
-No atomic operations: programs write partial results, which one kernel combines in a fixed order, so that the same input
-gives the same bits. Nothing waits for the device: a CUDA graph can capture all of it. The arithmetic is in float32.
+Nothing is atomic: programs write partial results, and one kernel combines them in a fixed order, so the same input gives the
+same bits. Nothing waits for the device, so a CUDA graph can capture all of it. The arithmetic is in float32.
 
-Triton is imported by the first call of `available` that needs it: the package does without it, and so does a CPU.
+Triton is imported by the first call of `available` that needs it; the package and CPUs do without it.
 
-Shapes: n images, F filters, h x w pixels. In memory a map is a matrix (rows, F) whose rows are its n * h * w pixels.
+Shapes: n images, F channels, h x w pixels. In memory a map is a matrix (rows, F) whose rows are its n * h * w pixels.
 """
 
 from __future__ import annotations
@@ -31,29 +31,31 @@ from lgm_dist.model.norm import Norm
 log = logging.getLogger(__name__)
 
 PROGRAMS = 512
-"""At most so many partial results: about four programs for each of an H200's 132 multiprocessors, and a power of two."""
+"""Largest number of partial results: about four programs for each of an H200's 132 multiprocessors, and a power of two."""
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def available(x: Tensor) -> bool:
-    """Whether `norm_relu_pool` takes tensors of x's device and type: those of CUDA, or any under TRITON_INTERPRET=1."""
+    """True if `norm_relu_pool` runs on the device and dtype of `x`: on CUDA, or anywhere under TRITON_INTERPRET=1."""
     if x.dtype not in _DTYPES:
         return False
     there = _starts() if x.is_cuda else os.environ.get("TRITON_INTERPRET") == "1"
     return there and _kernels() is not None
 
 
-def norm_relu_pool(y: Tensor, conv_bias: Tensor, norm: Norm, pool: bool) -> Tensor:
-    """y (n, F, h, w), a convolution's output without its bias (F,) -> (n, F, ceil(h / 2), ceil(w / 2)), or (n, F, h, w)
-    where `pool` is False; of y's type, channels last in memory.
+def supports(x: Tensor, norm: Norm) -> bool:
+    """True if conv4 should use `norm_relu_pool` for input `x` of a block: in training on a GPU, without other workers."""
+    return x.is_cuda and norm.uses_batch and norm.all_reduce is None and available(x)
 
-    Normalisation takes the bias off again: it only moves the running mean, and its gradient is zero. Wants `available(y)`,
-    and a `norm` in training, of kind batch, not per episode, with no other worker.
+
+def norm_relu_pool(y: Tensor, conv_bias: Tensor, norm: Norm, pool: bool) -> Tensor:
+    """y (n, F, h, w) -> (n, F, ceil(h / 2), ceil(w / 2)), or (n, F, h, w) if `pool` is False; dtype of y, channels last.
+
+    `y` is a convolution's output without its bias `conv_bias` (F,): normalisation subtracts the bias again, so it only moves
+    the running mean, and its gradient is zero. Needs `available(y)` and `norm.uses_batch`, and no other worker.
     """
     assert available(y)
-    assert norm.training
-    assert norm.kind == "batch"
-    assert norm.scope != "episode"
+    assert norm.uses_batch
     assert norm.all_reduce is None
     out: Tensor = _NormReluPool.apply(y, conv_bias, norm.weight, norm.bias, norm, pool)
     return out
@@ -91,19 +93,19 @@ class _NormReluPool(torch.autograd.Function):
 
 
 def _normalisation(y: Tensor, conv_bias: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Mean and inverse standard deviation (F,) of y (n, F, h, w); moves the averages."""
-    found = torch.empty_like(norm.running_mean), torch.empty_like(norm.running_var)
+    """Mean and inverse standard deviation (F,) of y (n, F, h, w); moves the running averages."""
+    results = torch.empty_like(norm.running_mean), torch.empty_like(norm.running_var)
     partial, each = _partial_results("moments", y)
     settings = (float(norm.momentum), float(norm.epsilon), _rows(y), each)
-    _combine("combine_moments", partial, conv_bias, norm.running_mean, norm.running_var, *found, *settings)
-    return found
+    _combine("combine_moments", partial, conv_bias, norm.running_mean, norm.running_var, *results, *settings)
+    return results
 
 
 def _partial_results(kernel: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, int]:
-    """Two numbers a channel from each program: (programs, 2, F). And how many rows of x (n, F, h, w) a program takes.
+    """Two numbers for each channel from each program (programs, 2, F), and the number of rows of x (n, F, h, w) in a program.
 
-    A tile has 8 KiB and the next two are always on their way: with four programs on a multiprocessor that is 64 KiB, about
-    twice what an H200's memory can bring in the time that it takes to answer.
+    A tile has 8 KiB and two more are always being loaded: with four programs on a multiprocessor that is 64 KiB, about twice
+    what an H200's memory delivers during its latency.
     """
     filters, rows, channels = x.shape[1], _rows(x), _channels(x)
     tile = 8192 // (channels * x.element_size())
@@ -116,16 +118,16 @@ def _partial_results(kernel: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, 
 
 
 def _combine(kernel: str, partial: Tensor, *arguments: Tensor | float) -> None:
-    """Eight channels a program, as memory hands out 32 bytes at least: one program for all would be slower."""
+    """Combine the programs' results, eight channels in a program: memory is read 32 bytes at a time."""
     programs, _, filters = partial.shape
     _run(kernel, (-(-filters // 8),), 8, partial, *arguments, programs, filters, _power_of_two(programs), 8)
 
 
 def _on_windows(kernel: str, y: Tensor, pooled: Tensor, pool: bool, *arguments: Tensor | int) -> None:
-    """Runs over the windows of y (n, F, h, w), of which `pooled` has one value each, or over its pixels.
+    """Run a kernel over the windows of y (n, F, h, w), or over its pixels if `pool` is False; `pooled` has a value for each.
 
-    A tile has eight values a thread of each of a window's four pixels: all are asked for at once, and the registers are few
-    enough for five programs or more on a multiprocessor.
+    In a tile each thread has eight values for each of a window's four pixels. All are loaded at once, and the registers are
+    few enough for at least five programs on a multiprocessor.
     """
     filters, rows, channels = y.shape[1], _rows(pooled), _channels(y)
     tile = 1024 // channels
@@ -134,9 +136,8 @@ def _on_windows(kernel: str, y: Tensor, pooled: Tensor, pool: bool, *arguments: 
 
 
 def _run(kernel: str, grid: tuple[int, ...], warps: int, *arguments: Tensor | float) -> None:
-    getattr(_kernels(), kernel)[grid](
-        *arguments, num_warps=warps, enable_fp_fusion=True
-    )  # the default, but not from Triton 3.10 on
+    # enable_fp_fusion: the default until Triton 3.10
+    getattr(_kernels(), kernel)[grid](*arguments, num_warps=warps, enable_fp_fusion=True)
 
 
 def _rows(x: Tensor) -> int:
@@ -144,7 +145,7 @@ def _rows(x: Tensor) -> int:
 
 
 def _channels(x: Tensor) -> int:
-    """Of a tile: a power of two, as Triton wants it."""
+    """Channels of a tile: a power of two, as Triton requires."""
     return min(_power_of_two(x.shape[1]), 64)
 
 
@@ -154,22 +155,22 @@ def _power_of_two(least: int) -> int:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module of the kernels, each of them compiled when it is first used; None without Triton."""
+    """The module of the kernels, or None without Triton; a kernel is compiled when it is first used."""
     try:
-        from lgm_dist.model.kernels import triton_kernels as fused_kernels
+        from lgm_dist.model.kernels import triton_kernels
     except ImportError:
         return None
-    return fused_kernels
+    return triton_kernels
 
 
 @functools.cache
 def _starts() -> bool:
-    """Whether a kernel runs on this machine's GPU: what starts the first is built with its C compiler, which may be missing."""
+    """True if a kernel runs on this machine's GPU; Triton builds its launcher with a C compiler, which may be missing."""
     if _kernels() is None:
         return False
     try:
         _partial_results("moments", torch.zeros(1, 1, 1, 1, device="cuda"))
     except Exception as error:
-        log.warning("Triton does not work here, and training is slower without it: %s", error)
+        log.warning("Triton does not work on this machine, so training uses slower plain operations: %s", error)
         return False
     return True

@@ -1,7 +1,7 @@
-"""The kernels of `fused_block`, in Triton's language; imported where there is Triton and a GPU for it.
+"""The kernels of `fused_block`, in Triton's language; imported only if Triton and a GPU are there.
 
-Capitals are known when a kernel is compiled: F, H, W are filters, height and width of the map; a tile is BLOCK rows of CHANNELS
-channels. Annotations are evaluated: `tl` is the only name that they may use.
+Names in capitals are compile-time constants: F, H, W are channels, height and width of the map; a tile is BLOCK rows of
+CHANNELS channels. Triton evaluates annotations, and `tl` is the only name that they may use.
 """
 
 import triton
@@ -14,7 +14,7 @@ _jit = triton.jit(do_not_specialize=["rows", "each", "programs", "pixels"])  # o
 def moments(
     y, partial, rows, each, F: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """Mean and squared distances from it of a program's rows: Welford's for each place of the tile, then Chan et al.'s."""
+    """Mean of a program's rows and sum of squared distances from it: Welford for each place of a tile, then Chan et al."""
     places, channels = tl.arange(0, BLOCK), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     size = tl.minimum(rows - tl.program_id(0) * each, each)
     y += tl.program_id(0).to(tl.int64) * each * F
@@ -40,7 +40,7 @@ def combine_moments(
     partial, conv_bias, running_mean, running_var, mean, inverse_std, momentum, epsilon, rows, each, programs,
     F: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Chan et al. again, over the programs. Where the variance is infinite, what it would normalise to zero shall be NaN."""
+    """Chan et al. over the programs. An infinite variance gives NaN, not zero, as the normalised value."""
     program, channels = tl.arange(0, PARTS), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = channels < F
     inside = (program < programs)[:, None] & there[None, :]
@@ -86,7 +86,7 @@ def gradient_sums(
     peaks, grad, mean, inverse_std, weight, bias, partial, rows, each,
     F: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of a program's rows: sums of what ReLU lets through of the gradient, and of that times the peak less the mean."""
+    """Sums over a program's rows: of the gradient that ReLU lets through, and of that times (peak - mean)."""
     places, channels = tl.arange(0, BLOCK), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     center, scale, shift, _ = _per_channel(mean, inverse_std, weight, bias, channels, F)
     size = tl.minimum(rows - tl.program_id(0) * each, each)
@@ -126,12 +126,12 @@ def input_gradient(
     y, mean, inverse_std, weight, bias, grad_weight, grad_bias, grad, grad_y, pixels, rows,
     F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """weight / std * (gradient at the peak - its mean - normalised y * mean of gradient * normalised y), as Norm has it."""
+    """weight / std * (gradient at the peak - its mean - normalised y * mean of gradient * normalised y), as in Norm."""
     row, channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (row < rows)[:, None] & (channels < F)[None, :]
     offset = row.to(tl.int64)[:, None] * F + channels[None, :]
     through = tl.load(grad + offset, inside, 0).to(tl.float32)
-    if POOL:  # all of the map is asked for before anything waits for a channel's numbers
+    if POOL:  # load the map before the per-channel numbers, which the rest waits for
         first, right, below, a, b, c, d = _window(y, row, channels, inside, F, H, W)
     else:
         value = tl.load(y + offset, inside, 0).to(tl.float32)
@@ -157,7 +157,7 @@ def input_gradient(
 
 @_jit
 def _per_channel(mean, inverse_std, weight, bias, channels, F: tl.constexpr):
-    """Mean, scale and shift (1, CHANNELS), and the scale's sign: -1, 0 or 1."""
+    """Mean, scale, shift and the scale's sign (-1, 0 or 1), (1, CHANNELS) each."""
     there = channels < F
     weights = tl.load(weight + channels, there)
     scale = weights * tl.load(inverse_std + channels, there)
@@ -173,9 +173,9 @@ def _normalised(value: tl.tensor, center: tl.tensor, scale: tl.tensor, shift: tl
 
 @_jit
 def _window(y, row, channels, inside, F: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
-    """Offset of a window's first pixel, whether it has some to the right and below, and its four in row-major order.
+    """Offset of a window's first pixel, whether it has pixels to the right and below, and its four pixels in row-major order.
 
-    Where it is cut the pixels that it lacks are those it has once more: second, they never are the first largest.
+    A window at the edge has fewer pixels and repeats those that it has; a repeated pixel is never the first largest one.
     """
     line, x = row // ((W + 1) // 2), row % ((W + 1) // 2) * 2
     image, top = line // ((H + 1) // 2), line % ((H + 1) // 2) * 2
@@ -189,6 +189,6 @@ def _window(y, row, channels, inside, F: tl.constexpr, H: tl.constexpr, W: tl.co
 
 @_jit
 def _lower_then_right(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, sign: tl.tensor) -> tl.tensor:
-    """Of a, b above c, d: whether the first largest is below, and whether the right one is it, above and below."""
+    """For pixels a, b above c, d: whether the first largest is in the lower row, and for each row whether it is the right."""
     a, b, c, d = a * sign, b * sign, c * sign, d * sign
     return tl.maximum(c, d) > tl.maximum(a, b), b > a, d > c

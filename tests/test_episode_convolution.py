@@ -1,4 +1,4 @@
-"""Convolutions with generated kernels, against torch's with one group an episode."""
+"""Convolutions with each episode's own kernel, against torch's convolution of one episode after the other."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model import LGMNet
+from lgm_dist.model import build_model
 from lgm_dist.model.kernels.episode_convolution import convolve
-from lgm_dist.model.lgmnet import matching_features
 
 
 def inputs(height: int, width: int, filters: int = 3, out: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +20,7 @@ def inputs(height: int, width: int, filters: int = 3, out: int = 5) -> tuple[Ten
 
 
 def plain(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """Episode by episode."""
+    """One episode after the other."""
     return torch.stack([F.conv2d(*one, padding=1) for one in zip(x, kernel, bias, strict=True)])
 
 
@@ -38,8 +37,8 @@ def test_values_and_gradients(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_bfloat16_it_answers_in_bfloat16(dtype: torch.dtype) -> None:
-    """Under autocast, which float32 maps of a normalisation reach too; the backward pass runs outside of it."""
+def test_bfloat16(dtype: torch.dtype) -> None:
+    """Under autocast bfloat16 and float32 maps, as norms return them, give bfloat16; backward runs outside of autocast."""
     arguments = inputs(4, 4)
     x, kernel, bias = (argument.detach().float().requires_grad_() for argument in arguments)
     with torch.autocast("cpu", torch.bfloat16):
@@ -58,13 +57,15 @@ def test_in_bfloat16_it_answers_in_bfloat16(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_the_matching_network_on_a_gpu_is_that_of_the_cpu() -> None:
-    """In float64, an odd map and an even one; the vectors' order is the same."""
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_the_generator_on_a_gpu_is_that_of_the_cpu(kernels: str) -> None:
+    """In float64, for an odd map and an even one."""
     torch.manual_seed(0)
-    model = LGMNet(ModelConfig(filters=8)).double()
-    weights = model.generate(torch.randn(3, 64, dtype=torch.float64), torch.randn(3, 2, 32, dtype=torch.float64))
+    generator = build_model(ModelConfig(filters=8, kernels=kernels)).double().generator
+    codes = torch.randn(3, 5, 64, dtype=torch.float64)
+    weights = generator.generate(codes, 5, torch.randn(3, 2, 32, dtype=torch.float64))
+    on_gpu = [(kernel.cuda(), bias.cuda()) for kernel, bias in weights]
     for size in (4, 11):
         features = torch.randn(3, 6, 8, size, size, dtype=torch.float64)
-        known = matching_features(features, weights)
-        on_gpu = [(kernel.cuda(), bias.cuda()) for kernel, bias in weights]
-        torch.testing.assert_close(matching_features(features.cuda(), on_gpu).cpu(), known)
+        known = generator.transform(features, weights)
+        torch.testing.assert_close(generator.transform(features.cuda(), on_gpu).cpu(), known)

@@ -1,0 +1,21 @@
+"""Layers that several parts are made of, as the authors' TensorFlow graph has them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 3 x 3 convolution with padding 1, Glorot uniform weights, zero biases, and channels last in memory."""
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+    nn.init.xavier_uniform_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv.to(memory_format=torch.channels_last)
+
+
+def pool(x: Tensor) -> Tensor:
+    """2 x 2 max-pooling; an odd height or width rounds up: (n, F, h, w) -> (n, F, ceil(h / 2), ceil(w / 2))."""
+    return F.max_pool2d(x, 2, ceil_mode=True)
