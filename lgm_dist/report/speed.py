@@ -12,8 +12,8 @@ from lgm_dist.report.tables import DASH, Table, by, episodes, fact
 
 def speed_of(record: Record) -> float | None:
     """Median episodes/s over the steps of a run. The median, because the first steps after each start are slow."""
-    found = [row["speed/episodes_per_s"] for row in record.rows if "speed/episodes_per_s" in row]
-    return statistics.median(found) if found else None
+    speeds = [row["speed/episodes_per_s"] for row in record.rows if "speed/episodes_per_s" in row]
+    return statistics.median(speeds) if speeds else None
 
 
 def throughput(records: Sequence[Record]) -> Table | None:
@@ -47,18 +47,18 @@ class Scaling(NamedTuple):
 def scalings(records: Sequence[Record]) -> list[Scaling]:
     """The scaling of each kind of work that was done with different numbers of workers."""
     timed = [r for r in records if r.config and speed_of(r) and isinstance(r.facts.get("world_size"), int)]
-    found = []
+    every = []
     for group in by(timed, _work).values():
         sizes = by(group, lambda r: int(r.facts["world_size"]))
         speeds = [(w, statistics.mean(speed_of(r) or 0.0 for r in rs), len(rs)) for w, rs in sorted(sizes.items())]
         c = group[0].config
         if len(speeds) > 1 and c:
-            found.append(
+            every.append(
                 Scaling(
                     f"{episodes(c.episodes.ways, c.episodes.shot)}, {c.episodes.meta_batch} episodes a step", speeds
                 )
             )
-    return found
+    return every
 
 
 def _work(record: Record) -> tuple[Any, ...]:
