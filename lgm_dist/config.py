@@ -196,5 +196,14 @@ PRESETS: dict[str, Config] = {
         name="demo",
         model=ModelConfig(norm_decay=0.95),
     ),
+    "quick": Config.of(
+        data="fc100",
+        epochs=1,
+        steps_per_epoch=1200,
+        meta_batch=16,
+        eval_every=300,
+        lr_decay_steps=100,
+        name="quick",
+    ),
 }
 """Named starting points of `lgm-dist train --preset`; single flags override them."""

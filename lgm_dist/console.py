@@ -9,19 +9,28 @@ from typing import Any
 
 from lgm_dist.config import Protocol
 from lgm_dist.errors import RunFailed
+from lgm_dist.extras import explain
 
 
 def run_command(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run `main` on the arguments (default: those of this process) and return the exit status.
 
-    An error that a user can correct is printed as one sentence, and the status is 1.
+    An error that a user can correct is printed as one sentence, after the name of the command, and the status is 1.
     """
     try:
         main(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError, RunFailed) as error:
-        notify(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}")
-        return 1
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if sentence := explain(error):
+            return _fail(sentence)
+        raise
     return 0
+
+
+def _fail(sentence: str) -> int:
+    notify(f"{sys.argv[0].rsplit('/', 1)[-1]}: {sentence}")
+    return 1
 
 
 class StandardError:

@@ -1,4 +1,4 @@
-"""`lgm-dist report` in a checkout."""
+"""The same as `lgm-dist report`, for a checkout."""
 
 import sys
 

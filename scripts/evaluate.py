@@ -1,4 +1,4 @@
-"""`lgm-dist evaluate` in a checkout."""
+"""The same as `lgm-dist evaluate`, for a checkout."""
 
 import sys
 

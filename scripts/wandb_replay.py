@@ -1,4 +1,4 @@
-"""`lgm-dist replay` in a checkout."""
+"""The same as `lgm-dist replay`, for a checkout."""
 
 import sys
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lgm_dist.cluster.connection import RAY_ENVIRONMENT
-from lgm_dist.cluster.processes import below, handles, kill
+from lgm_dist.cluster.processes import descendants, kill, open_pidfds
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +32,7 @@ class Head:
     environment: dict[str, str]
 
     def submit(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`scripts/submit.py --address … arguments`; standard error comes with the output."""
+        """Run scripts/submit.py with these arguments. Its standard error is part of the output."""
         command = [sys.executable, str(ROOT / "scripts/submit.py"), "--address", self.address, *arguments]
         return self.call(command, "/", **environment)
 
@@ -54,8 +54,10 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def head_node() -> Iterator[Head]:
-    """A head node of 2 CPUs, every socket on loopback; ended with all its processes."""
-    folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # short, since paths of sockets end at 107 letters
+    """Start a head node of 2 CPUs with every socket on loopback. It ends with all its processes."""
+    folder = Path(
+        tempfile.mkdtemp(prefix="rj", dir="/tmp")
+    )  # short, because the path of a socket has at most 107 characters
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= RAY_ENVIRONMENT | {"PATH": path}
@@ -70,7 +72,7 @@ def head_node() -> Iterator[Head]:
         wait_for(lambda: answers(started.address), 60, "the dashboard of the head node")
         yield started
     finally:
-        kill(handles([process.pid, *below(process.pid)]))  # at once: it would take a minute by itself
+        kill(open_pidfds([process.pid, *descendants(process.pid)]))  # by itself it would take a minute
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -91,7 +93,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 def listening_sockets(pids: Iterable[int]) -> list[tuple[str, int]]:
-    """Addresses (IPv4 and IPv6) and ports on which these processes listen."""
+    """The addresses (IPv4 and IPv6) and ports on which these processes listen."""
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
@@ -105,7 +107,7 @@ def listening_sockets(pids: Iterable[int]) -> list[tuple[str, int]]:
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:  # 0A: listens
+            if fields[3] == "0A" and fields[9] in inodes:  # 0A: LISTEN
                 place, port = fields[1].split(":")
                 raw = bytes.fromhex(place)
                 words = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))

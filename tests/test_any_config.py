@@ -51,7 +51,7 @@ MODEL = {
     "norm": ("batch", "group", "instance", "layer"),
     "norm_scope": ("global", "worker", "episode"),
     "norm_decay": (0.0, 0.9, 1.0, 1),
-    "norm_epsilon": (1e-30, 1e-3, 1.0),
+    "norm_epsilon": (1e-12, 1e-3, 1.0),
     "weight_norm": (True, False),
 }
 PATHS = ("data", "data_root", "source", "cache", "storage")
@@ -162,6 +162,6 @@ def test_any_configuration_trains_a_step_or_is_refused_in_one_sentence(
     train_fn(job, Worker(device=device_of(config)))
     (row,) = read_metrics(run)
     assert row["step"] == 1
-    assert json.loads((run / "config.json").read_text()) == config.to_dict()
+    assert Config.from_dict(json.loads((run / "config.json").read_text())) == config
     assert checkpoint.load_model(checkpoint.newest(run))[2].step == 1
     shutil.rmtree(run)

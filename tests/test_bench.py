@@ -51,10 +51,13 @@ def test_flops_are_those_of_the_specification(ways: int, shot: int, size: int, m
 
 
 def test_ours_and_the_plain_network_take_the_same_steps() -> None:
-    kinds = {kind: StepSetup(kind, 3, 2, queries=2, **TINY) for kind in ("ours", "plain", "plain-kept")}
+    kinds = {
+        kind: StepSetup(kind, 3, 2, queries=2, **TINY) for kind in ("ours", "ours-reference", "plain", "plain-kept")
+    }
     found, losses = network.race(kinds, rounds=2)
     assert {len(spread.values) for spread in found.values()} == {2}
     assert losses["ours"] == pytest.approx(losses["plain"], abs=1e-5)
+    assert losses["ours-reference"] == pytest.approx(losses["plain"], abs=1e-5)
     assert losses["plain"] == losses["plain-kept"]
 
 
@@ -67,8 +70,8 @@ def test_a_contender_says_how_much_memory_it_took() -> None:
 
 def test_the_network_is_measured_with_torch_and_numpy_alone() -> None:
     blocked = ("webdataset", "PIL", "torchvision", "pyarrow", "tqdm", "ray", "wandb", "tyro", "matplotlib", "sklearn")
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
-    code += "import bench; from lgm_dist.bench import network, measure\n"
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+    code += "import lgm_dist.cli.bench; from lgm_dist.bench import network, measure\n"
     code += "s = network.step(1, ((2, 1),)); print(s.markdown); print(measure.facts()['torch'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -141,26 +144,27 @@ def test_steps_on_a_device_are_timed_and_what_fails_says_why(monkeypatch: pytest
     ("words", "sentence"),
     [
         (["step", "--rounds", "0"], "rounds (0) must be at least 1"),
-        (["step", "--model"], "model goes with scaling, not with step; give bench.py scaling --model"),
+        (["step", "--model"], "model goes with scaling, not with step; give bench scaling --model"),
         pytest.param(
             ["gpu"],
             "gpu: this machine has no CUDA device that torch can use; run it where torch.cuda.is_available()",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
+        (["data", "--against", "rival"], "against (rival) must be one of easyfsl"),
         pytest.param(
             ["data", "--against", "easyfsl"],
-            "against (easyfsl) is not installed (No module named 'easyfsl'); install easyfsl 1.5.0, or leave it out",
+            "against (easyfsl) is not installed; install easyfsl, or leave it out",
             marks=pytest.mark.skipif(importlib.util.find_spec("easyfsl") is not None, reason="it is"),
         ),
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], sentence: str) -> None:
-    done = subprocess.run([sys.executable, "scripts/bench.py", *words], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (1, f"bench.py: {sentence}\n")
+    done = subprocess.run([sys.executable, "-m", "lgm_dist", "bench", *words], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, f"lgm-dist bench: {sentence}\n")
 
 
 def test_figures_are_written_with_what_they_were_measured_on(tmp_path: Path) -> None:
-    section = measure.Section("x", "scripts/bench.py x", ("a",), [("1",)], "n = 1", {"seconds": [1.0]})
+    section = measure.Section("x", "lgm-dist bench x", ("a",), [("1",)], "n = 1", {"seconds": [1.0]})
     measure.write([section], tmp_path / "out/bench.json")
     found = json.loads((tmp_path / "out/bench.json").read_text())
     assert found["x"]["seconds"] == [1.0]

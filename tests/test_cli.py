@@ -1,22 +1,25 @@
-"""The command line of training: the seed's lines, presets, help; and what the scripts share."""
+"""`lgm-dist` and its commands: dispatch, help, the flags of training; and what the commands share."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from lgm_dist.cli import flags
+import lgm_dist
+from lgm_dist.cli import flags, main
+from lgm_dist.cli.train import TrainFlags
 from lgm_dist.config import PRESETS, Config, ModelConfig
 from lgm_dist.console import leak_note, run_command, table
 from lgm_dist.errors import RunFailed
+from lgm_dist.extras import EXTRAS, need
 
 DEMO_MODEL = replace(PRESETS["demo"].model, filters=16)
 
@@ -24,20 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """scripts/train.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["train_script"] = importlib.util.module_from_spec(spec)  # tyro looks a class's module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def parse(script: ModuleType) -> Callable[[str], Config]:
+def parse() -> Callable[[str], Config]:
     def parsed(line: str) -> Config:
-        config: Config = flags.parse(script.TrainFlags, line.split())[0]
+        config: Config = flags.parse(TrainFlags, line.split())[0]
         return config
 
     return parsed
@@ -113,7 +105,7 @@ def test_what_cannot_be_parsed_ends_with_status_2(
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("--preset fast", r"^preset \('fast'\) must be one of paper, demo$"),
+        ("--preset fast", r"^preset \('fast'\) must be one of paper, demo, quick$"),
         ("--preset demo -w 1", r"^ways \(1\) must be at least 2; an episode of one class has nothing to tell apart$"),
         ("--workers 4 --meta-batch 10", r"^meta_batch \(10\) must be divisible by workers \(4\); use 8 or 12$"),
         ("--lr nan", r"^lr \(nan\) must be positive; the paper's is 1e-3$"),
@@ -132,13 +124,13 @@ def test_a_value_of_the_model_out_of_range(parse: Callable[[str], Config], capsy
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    """Status, output and errors of scripts/train.py in a process of its own; fails where that has loaded torch or Ray."""
-    path = ROOT / "scripts" / "train.py"
+    """Status, output and errors of lgm-dist in a process of its own; fails if that has loaded torch or Ray."""
     code = f"""
-import runpy, sys
-sys.argv = {[str(path), *arguments]}
+import sys
+sys.argv = {["bin/lgm-dist", *arguments]}
+from lgm_dist.cli.main import main
 try:
-    runpy.run_path({str(path)!r}, run_name="__main__")
+    sys.exit(main())
 finally:
     assert not {{"torch", "ray", "wandb", "numpy"}} & sys.modules.keys()
 """
@@ -147,7 +139,7 @@ finally:
 
 
 def test_help_explains_every_option_with_its_default_and_needs_no_torch() -> None:
-    status, out, errors = run("--help")
+    status, out, errors = run("train", "--help")
     assert (status, errors) == (0, "")
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
     text = text[text.index("options") :]  # behind the list of the most important ones
@@ -167,23 +159,90 @@ def test_help_explains_every_option_with_its_default_and_needs_no_torch() -> Non
 
 
 def test_help_of_a_preset_shows_its_defaults() -> None:
-    text = " ".join(run("--preset", "demo", "--help")[1].replace("│", " ").split())
+    text = " ".join(run("train", "--preset", "demo", "--help")[1].replace("│", " ").split())
     assert re.search(r"--data STR .*?\(default: glyphs\)", text)
     assert re.search(rf"--steps-per-epoch INT .*?\(default: {PRESETS['demo'].episodes.steps_per_epoch}\)", text)
 
 
 def test_mistakes_are_told_before_torch_is_loaded() -> None:
-    status, _, errors = run("--foo", "3")
+    status, _, errors = run("train", "--foo", "3")
     assert status == 2
     assert "Unrecognized options: --foo, 3" in errors
-    assert run("--preset", "fast") == (1, "", "train.py: preset ('fast') must be one of paper, demo\n")
-    assert run("--ways", "1")[::2] == (
+    assert run("train", "--preset", "fast") == (
         1,
-        "train.py: ways (1) must be at least 2; an episode of one class has nothing to tell apart\n",
+        "",
+        "lgm-dist train: preset ('fast') must be one of paper, demo, quick\n",
+    )
+    assert run("train", "--ways", "1")[::2] == (
+        1,
+        "lgm-dist train: ways (1) must be at least 2; an episode of one class has nothing to tell apart\n",
     )
 
 
-# What the scripts share
+# The commands
+
+
+def test_help_lists_the_commands_with_one_line_each() -> None:
+    status, out, errors = run("--help")
+    assert (status, errors) == (0, "")
+    lines = re.findall(r"^  (\w+) +(\w.*)$", out, re.MULTILINE)
+    assert [name for name, _ in lines] == (
+        ["prepare", "train", "evaluate", "sweep", "grid", "report", "submit", "replay", "bench"]
+    )
+    assert all(2 < len(what.split()) < 15 for _, what in lines)
+    assert run("-h") == (0, out, "")
+
+
+def test_every_command_has_a_file() -> None:
+    files = {path.stem for path in Path(main.__file__).parent.glob("[a-z]*.py")}
+    assert files >= main.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in main.COMMANDS if find_spec(f"lgm_dist.cli.{name}")])
+def test_help_of_a_command_needs_neither_torch_nor_ray(name: str) -> None:
+    status, out, errors = run(name, "--help")
+    assert (status, errors) == (0, "")
+    assert re.search(rf"usage: lgm-dist {name}\b", out)
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"lgm-dist {lgm_dist.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian", "--ways", "5"], "there is no command 'trian'; did you mean train?"),
+        (["nonsense"], "there is no command 'nonsense'; the known ones are prepare, train, "),
+        ([], "give a command"),
+    ],
+)
+def test_an_unknown_command_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    status, out, errors = run(*arguments)
+    assert (status, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith(f"lgm-dist: {sentence}")
+
+
+def test_python_m_lgm_dist_is_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lgm_dist", "train", "--ways", "1"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("lgm-dist train: ways (1) must be at least 2; ")
+
+
+def test_the_scripts_are_fronts_of_the_commands() -> None:
+    for name in ("train", "submit", "bench"):
+        assert (ROOT / f"scripts/{name}.py").read_text().splitlines()[4:] == [
+            f"from lgm_dist.cli.{name} import main",
+            "from lgm_dist.console import run_command",
+            "",
+            'if __name__ == "__main__":',
+            "    sys.exit(run_command(main))",
+        ]
+
+
+# What the commands share
 
 
 def test_table() -> None:
@@ -208,15 +267,15 @@ def test_leak_note() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("ways (1) is wrong"), OSError("disk full"), RunFailed("worker 1 died")])
-def test_what_a_user_can_mend_is_one_sentence(
+def test_an_error_that_a_user_can_correct_is_one_sentence(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def main(argv: list[str]) -> None:
+    def fail(argv: list[str]) -> None:
         assert argv == ["--flag"]
         raise error
 
     monkeypatch.setattr(sys, "argv", ["scripts/some.py", "--flag"])
-    assert run_command(main) == 1
+    assert run_command(fail) == 1
     assert capsys.readouterr() == ("", f"some.py: {error}\n")
 
 
@@ -230,3 +289,35 @@ def test_success_is_status_0_and_our_own_faults_are_not_hidden(
         run_command(lambda _: 1 // 0)  # type: ignore[arg-type]
     with pytest.raises(SystemExit):
         run_command(lambda _: sys.exit(2))
+
+
+# Libraries of the extras
+
+
+def test_a_library_that_is_not_installed_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    need("pytest", "ray", "for this test")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"^scikit-learn is needed to draw pictures; install lgm-dist\[report\]$"):
+        need("sklearn", "report", "to draw pictures")
+
+    def use(module: str) -> None:
+        __import__(module)
+
+    monkeypatch.setattr(sys, "argv", ["lgm-dist report"])
+    assert run_command(lambda _: use("sklearn.cluster")) == 1
+    assert capsys.readouterr().err == "lgm-dist report: scikit-learn is needed for this; install lgm-dist[report]\n"
+    with pytest.raises(ModuleNotFoundError):
+        run_command(lambda _: use("a_module_that_nobody_has"))
+
+
+def test_the_extras_install_what_they_are_said_to() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    names = {"sklearn": "scikit-learn", "wandb_workspaces": "wandb-workspaces"}
+    for module, extra in EXTRAS.items():
+        assert any(re.match(rf"{names.get(module, module)}\b", line) for line in extras[extra]), module
+    assert extras["all"] == [f"lgm-dist[{','.join(sorted(extras.keys() - {'all'}))}]"]
+    core = " ".join(project["dependencies"])
+    assert not any(names.get(module, module) in core for module in EXTRAS)

@@ -1,4 +1,4 @@
-"""Sums over real processes: through the memory that they share, and where they share none."""
+"""Sums over real processes, through shared memory and without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lgm_dist.cluster import collectives
 from lgm_dist.training.worker import Worker
 
 SIZES = (1, 7, 131_072, 131_073, 400_000)
-"""Of float32: small ones, a piece of 512 KiB, one more than a piece, several pieces."""
+"""Numbers of float32 values: small ones, a block of 512 KiB, one more than a block, several blocks."""
 
 
 def values(rank: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,7 +25,7 @@ def values(rank: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def sums(worker: Worker) -> dict[str, Any]:
-    """What a worker gets for each size, of gloo too, and of tensors that are no plain row of float32."""
+    """The sums that a worker gets for each size, from gloo too, and those of other types and layouts."""
     found: dict[str, Any] = {"through": type(worker.all_reduce).__name__}
     for size in SIZES:
         ours, theirs = (values(worker.rank, size) for _ in range(2))
@@ -47,11 +47,11 @@ def sums(worker: Worker) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_sums_of_all_sizes_and_types(tmp_path: Path, world_size: int) -> None:
-    """The expected sums are of numpy-like additions here, in the order of the ranks, bit for bit; gloo's of two as well."""
+    """They are bit for bit the sums of additions in the order of the ranks."""
     found = run_workers(world_size, tmp_path / "workers", sums)
     ranks = range(world_size)
     for one in found:
-        assert one["through"] == "SharedMemory"
+        assert one["through"] == "SharedMemoryAllReduce"
         for size in SIZES:
             expected = values(0, size)
             for rank in ranks[1:]:
@@ -69,7 +69,7 @@ def test_sums_of_all_sizes_and_types(tmp_path: Path, world_size: int) -> None:
 
 
 def apart(worker: Worker, monkeypatched: str) -> str:
-    """As where one worker cannot reach the memory, or there is none."""
+    """Sum as if one worker could not reach the memory, or there were none."""
     if monkeypatched == "no memory":
         collectives._create = lambda _: None
     elif worker.rank == 1:
@@ -86,8 +86,8 @@ def test_workers_that_share_no_memory_sum_with_torch(tmp_path: Path, what: str) 
     assert run_workers(2, tmp_path / "workers", apart, what) == ["all_reduce", "all_reduce"]
 
 
-def test_a_token_of_other_memory_is_not_taken(tmp_path: Path) -> None:
-    """Another host may have a process of the same number with a descriptor of the same number."""
+def test_memory_with_another_token_is_not_used(tmp_path: Path) -> None:
+    """Another host may have a process with the same pid and a descriptor with the same number."""
     (tmp_path / "other").write_bytes(b"x" * 4096)
     assert collectives._open(str(tmp_path / "other"), b"y" * 16, 4096) is None
     assert collectives._open(str(tmp_path / "none"), b"y" * 16, 4096) is None
@@ -96,7 +96,7 @@ def test_a_token_of_other_memory_is_not_taken(tmp_path: Path) -> None:
 def dying(worker: Worker) -> str:
     worker.sum(torch.zeros(1))
     if worker.rank == 1:
-        pid = os.fork()  # so that this process' end leaves an exit status that run_workers wants, and no zombie
+        pid = os.fork()  # dies in place of this process, whose exit status run_workers checks
         if pid == 0:
             time.sleep(3600)
         worker.all_reduce._pids[1] = pid  # type: ignore[union-attr]
@@ -110,7 +110,24 @@ def dying(worker: Worker) -> str:
     return str(caught.value)
 
 
-def test_a_worker_that_has_ended_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
+def test_waiting_for_a_worker_that_has_ended_raises_an_error(tmp_path: Path) -> None:
     start = time.monotonic()
     assert run_workers(2, tmp_path / "workers", dying)[0]
     assert time.monotonic() - start < 60
+
+
+def test_buffers_stay_where_they_are_in_any_version_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 knows `broadcast_buffers` alone, later versions warn of it."""
+
+    class OfTorch211:
+        def __init__(self, module: Any, broadcast_buffers: bool = True) -> None:
+            raise NotImplementedError
+
+    class Later:
+        def __init__(self, module: Any, broadcast_buffers: None = None, forward_sync_buffers: None = None) -> None:
+            raise NotImplementedError
+
+    monkeypatch.setattr(collectives, "DistributedDataParallel", OfTorch211)
+    assert collectives.local_buffers() == {"broadcast_buffers": False}
+    monkeypatch.setattr(collectives, "DistributedDataParallel", Later)
+    assert collectives.local_buffers() == {"forward_sync_buffers": False}

@@ -186,7 +186,7 @@ def test_marks() -> None:
     """What a run may change when it is resumed, and what makes a step larger: the lists of the first version."""
     assert marked("resumable") == {
         *("epochs", "workers", "max_workers", "cpus_per_worker", "device", "max_failures", "hang_seconds"),
-        *("data_root", "source", "cache", "name", "storage", "storage_seconds", "wandb"),
+        *("data_root", "source", "cache", "name", "storage", "storage_seconds", "wandb", "plugins"),
     }
     assert marked("costly") == {"ways", "shot", "query", "meta_batch"}
     assert marked("perturbed") == {"model.norm_decay", "model.norm_epsilon"}
@@ -207,6 +207,7 @@ def other(value: Any, name: str) -> Any:
         "eval_ways": 7,
         "kernels": "reference",
         "stages": ("episodes", "more"),
+        "plugins": ("my_parts",),
     }
     chosen |= {"norm": "group", "norm_scope": "episode", "norm_groups": 5, "filters": 65, "lr_decay": 0.5, "lr": 0.01}
     if name in chosen:
@@ -276,7 +277,7 @@ def test_an_unknown_key_is_named_with_the_most_similar_one() -> None:
 
 
 def test_presets() -> None:
-    assert PRESETS.keys() == {"paper", "demo"}
+    assert PRESETS.keys() == {"paper", "demo", "quick"}
     assert PRESETS["paper"] == Config()
     demo = PRESETS["demo"]
     assert (demo.data.name, demo.run_name) == ("glyphs", "demo")

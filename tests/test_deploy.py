@@ -8,16 +8,18 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from test_scripts import script
 
+import lgm_dist
 from lgm_dist.cli.flags import Flags, parse
 from lgm_dist.cluster.connection import prepare_for_ray
+from lgm_dist.cluster.jobs import check_paths
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -79,7 +81,7 @@ def test_a_rayjob_trains_elastically_as_far_as_its_cluster_grows(name: str) -> N
     assert python == "python"
     assert (ROOT / Path(path).relative_to("/opt/lgm_dist")).is_file(), "the Dockerfile copies the repository there"
     config = parse(Flags, arguments)[0]
-    script("submit").check_paths(shlex.split(job["spec"]["entrypoint"]))
+    check_paths(shlex.split(job["spec"]["entrypoint"]))
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
     assert (config.run.workers, config.run.max_workers) == (group["minReplicas"], group["maxReplicas"]) == (1, 4)
@@ -120,19 +122,19 @@ def test_the_wandb_key_comes_from_a_secret_and_is_written_nowhere() -> None:
 
 
 def test_versions_are_the_pinned_ones() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    (ray,) = [pin[5:] for pin in project["tool"]["uv"]["constraint-dependencies"] if pin.startswith("ray==")]
+    day = tomllib.loads((ROOT / "uv.toml").read_text())["exclude-newer"]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:00:00Z", day), "so that these are the same next year"
     images = {container["image"] for name in JOBS for pod in pods(load(name)) for container in pod["containers"]}
     images.add(load("ray-cluster.yaml")["docker"]["image"])
-    assert images == {f"REGISTRY/lgm-dist:{project['project']['version']}"}
-    assert {load(name)["spec"]["rayClusterSpec"]["rayVersion"] for name in JOBS} == {ray}
+    assert images == {f"REGISTRY/lgm-dist:{lgm_dist.__version__}"}
+    assert {load(name)["spec"]["rayClusterSpec"]["rayVersion"] for name in JOBS} == {version("ray")}
 
 
 def test_the_image_holds_what_the_manifests_run() -> None:
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     assert any(re.fullmatch(r"FROM python:3\.11-slim\S*", line) for line in lines)
     copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
-    assert copied == {"pyproject.toml", "README.md", "LICENSE", "lgm_dist", "scripts", "tune"}
+    assert copied == {"pyproject.toml", "uv.toml", "README.md", "LICENSE", "lgm_dist", "scripts", "tune"}
     assert all((ROOT / name).exists() for name in copied)
 
 
@@ -173,9 +175,9 @@ class TestCluster:
 
     def test_the_command_in_its_head_comment_is_one_that_submit_takes(self) -> None:
         text = (DEPLOY / "ray-cluster.yaml").read_text()
-        match = re.search(r"#   scripts/submit\.py -- (.*)\n# +(--workers.*)\n", text)
+        match = re.search(r"#   lgm-dist submit -- (.*)\n# +(--workers.*)\n", text)
         assert match
         entrypoint = shlex.split(" ".join(match.groups()))
-        script("submit").check_paths(entrypoint)
+        check_paths(entrypoint)
         config = parse(Flags, entrypoint[2:])[0]
         assert (config.run.cpus_per_worker, config.run.device, config.run.max_workers) == (4, "cuda", 4)

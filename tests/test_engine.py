@@ -472,7 +472,7 @@ def test_bf16_steps_stay_near_float32_and_their_weights_are_float32(model: Model
         network = LGMNet(model).train()
         network.reduce_over((lambda _: None) if workers else None)  # a worker whose sums are everybody's
         optimizer = make_optimizer(network, config)
-        batch = steps.batch_of(steps.Steps("ours", meta_batch=4))
+        batch = steps.batch_of(steps.StepSetup("ours", meta_batch=4))
         losses[precision] = [float(train_step(network, optimizer, batch, config, s)[0]) for s in range(3)]
         assert {p.dtype for p in [*network.parameters(), *network.buffers()]} == {torch.float32}
         assert {v.dtype for state in optimizer.state.values() for v in state.values()} == {torch.float32}

@@ -86,7 +86,7 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table that was really trained, with its cross evaluation; returns its folder."""
     storage = tmp_path_factory.mktemp("grid")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(ray_train, "picture", lambda _: None)
+        monkeypatch.setattr(ray_train, "draw", lambda _: None)
         assert run(command(tiny, storage, "--cross"), monkeypatch) == 0
     return storage / "table"
 
@@ -411,7 +411,7 @@ def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch)
 def test_sigterm_leaves_a_checkpoint_and_the_table(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ray_train, "picture", lambda _: None)
+    monkeypatch.setattr(ray_train, "draw", lambda _: None)
     at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     assert run(command(tiny, tmp_path, LONG, ways="2"), monkeypatch) == 1
@@ -439,7 +439,7 @@ sys.exit(run_command(main))
 
 
 def test_a_killed_table_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_train, "picture", lambda _: None)
+    monkeypatch.setattr(ray_train, "draw", lambda _: None)
     arguments = command(tiny, tmp_path, LONG, ways="2")
     assert run([*arguments, "--shots", "1"], monkeypatch) == 0
     process = subprocess.Popen(

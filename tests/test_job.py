@@ -71,12 +71,12 @@ def test_storage_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"is no run \(config.json: .*\); name a folder that scripts/train.py has made"
+        ValueError, match=r"does not hold a run \(config.json: .*\); name a folder that lgm-dist train has made"
     ):
         read_config(tmp_path)
     for text in ("{", "[1]", '{"lr": "fast"}', '{"nothing": 1}'):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="is no run"):
+        with pytest.raises(ValueError, match="does not hold a run"):
             read_config(tmp_path)
     (tmp_path / "result.json").write_text('{"test/acc')
     with pytest.raises(ValueError, match="has no result"):
@@ -102,7 +102,7 @@ def test_all_differing_fields_of_a_taken_name_are_named_and_nothing_is_changed(s
     model = dataclasses.replace(small.model, filters=4)
     with pytest.raises(
         ValueError,
-        match=r"started with shot 2, not 1, lr 0\.01, not 0\.1, model\.filters 8, not 4; give another --name",
+        match=r"started with shot 2, not 1, model\.filters 8, not 4, lr 0\.01, not 0\.1; give another --name",
     ):
         make_job(config.replace(shot=1, lr=0.1, model=model, epochs=9))
     assert (run / "config.json").read_bytes() == before
@@ -128,7 +128,7 @@ def test_a_gpus_precision_is_refused_on_a_cpu(
     """On a cluster too, whose workers get a GPU where the configuration of this process says so."""
     monkeypatch.setenv("RAY_ADDRESS", address or "local")
     config = small.replace(storage=str(tmp_path), precision="tf32", device="cpu", workers=1)
-    with pytest.raises(ValueError, match=r"^precision \('tf32'\) is a GPU's, .* use --precision float32$"):
+    with pytest.raises(ValueError, match=r"^precision \('tf32'\) needs a GPU, .* use --precision float32$"):
         make_job(config)
     assert list(tmp_path.iterdir()) == []
 

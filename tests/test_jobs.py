@@ -1,4 +1,4 @@
-"""Ray jobs on a real head node on loopback: submitted, followed, failing, stopped and resumed; what submit.py refuses."""
+"""Ray jobs on a real head node on loopback: submitted, followed, failing, stopped, resumed; what `lgm-dist submit` refuses."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 from head_node import ROOT, Head, free_ports, head_node, listening_sockets, wait_for
 from helpers.offline_runs import folders, history, inspect
-from test_scripts import run
 
+import lgm_dist
+from lgm_dist.cli.main import main
 from lgm_dist.cluster.connection import prepare_for_ray
-from lgm_dist.cluster.processes import below
+from lgm_dist.cluster.jobs import job_environment, upload_folder
+from lgm_dist.cluster.processes import descendants
 from lgm_dist.runs.facts import commit
 from lgm_dist.runs.metrics import read_metrics
 
@@ -38,10 +40,18 @@ def head() -> Iterator[Head]:
 
 def training(tiny: Path, storage: Path, name: str, **changes: Any) -> list[str]:
     """A command that trains a narrow network on `tiny` with two workers."""
-    flags = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 12, "meta-batch": 4, "eval-every": 4, "workers": 2}
+    flags: dict[str, Any] = {
+        "ways": 3,
+        "query": 2,
+        "epochs": 1,
+        "steps-per-epoch": 12,
+        "meta-batch": 4,
+        "eval-every": 4,
+        "workers": 2,
+    }
     flags |= {"cpus-per-worker": 1, "eval-episodes": 6, "test-episodes": 6, "eval-query": 3, "model.filters": 8}
     flags |= {"data": tiny, "storage": storage, "name": name} | {k.replace("_", "-"): v for k, v in changes.items()}
-    return ["python", "scripts/train.py", *(f"--{key}={value}" for key, value in flags.items())]
+    return ["python", "-m", "lgm_dist", "train", *(f"--{key}={value}" for key, value in flags.items())]
 
 
 Ask = Callable[..., tuple[int, str]]
@@ -49,13 +59,14 @@ Ask = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Ask]:
-    """submit.py in this process, which is quicker: exit status and all that it prints."""
+    """`lgm-dist submit` in this process, which is quicker: exit status and all that it prints."""
     prepare_for_ray()  # for the tests after this one: Ray reads some variables when it is imported
 
     def call(*arguments: str, address: str = "http://127.0.0.1:9") -> tuple[int, str]:
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
         try:
-            status = run("submit", list(arguments), monkeypatch)
+            monkeypatch.setattr(sys, "argv", ["lgm-dist", "submit", *arguments])
+            status = main()
         except SystemExit as ended:
             status = int(ended.code or 0)
         return status, "".join(capsys.readouterr())
@@ -76,7 +87,7 @@ def tidy(head: Head) -> Iterator[None]:
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(head.address)
-    left = [job.submission_id for job in client.list_jobs() if not job.status.is_terminal()]
+    left = [job.submission_id or "" for job in client.list_jobs() if not job.status.is_terminal()]
     for job in left:
         client.stop_job(job)
     wait_for(lambda: all(client.get_job_status(job).is_terminal() for job in left), 90, "the jobs to stop")
@@ -88,7 +99,7 @@ class TestOnAHeadNode:
     def test_a_job_of_two_workers_is_stopped_with_a_checkpoint_and_resumed_to_its_result(
         self, head: Head, tiny: Path, tmp_path: Path, ask: Ask
     ) -> None:
-        """Started by Ray's own command, followed, stopped and gone on with by submit.py."""
+        """Started by Ray's own command, followed, stopped and resumed by `lgm-dist submit`."""
         command = training(tiny, tmp_path, "long", epochs=400, steps_per_epoch=10, eval_every=4000)
         folder, environment = tmp_path / "long", {"WANDB_MODE": "offline", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
         plain = ["ray", "job", "submit", "--address", head.address, "--submission-id", "long", "--no-wait"]
@@ -121,7 +132,7 @@ class TestOnAHeadNode:
         assert done.returncode == 0, done.stdout
         assert "job long-2 (" in done.stdout
         assert done.stdout.count("Running entrypoint for job long-2") == 1, "each line of the log comes once"
-        assert "| long | standard | 3-way 1-shot |" in done.stdout, "the table that train.py prints"
+        assert "| long | standard | 3-way 1-shot |" in done.stdout, "the table that training prints"
         assert done.stdout.endswith("long-2 SUCCEEDED\n")
         again = read_metrics(folder)
         assert again[: len(rows)] == rows
@@ -145,8 +156,10 @@ class TestOnAHeadNode:
         assert "WANDB_API_KEY is not passed to the job" in done.stdout
 
     def test_every_socket_of_the_head_node_is_on_loopback(self, head: Head) -> None:
-        wait_for(lambda: head.ports <= {port for _, port in listening_sockets(below(head.pid))}, 30, "its servers")
-        assert {address for address, _ in listening_sockets(below(head.pid))} == {"127.0.0.1"}
+        wait_for(
+            lambda: head.ports <= {port for _, port in listening_sockets(descendants(head.pid))}, 30, "its servers"
+        )
+        assert {address for address, _ in listening_sockets(descendants(head.pid))} == {"127.0.0.1"}
 
     def test_upload_variables_logs_and_the_status_of_a_failing_job(self, head: Head, ask: Ask) -> None:
         """The job sees the code and nothing that was made here."""
@@ -185,7 +198,7 @@ class TestOnAHeadNode:
 
     def test_an_unknown_job_is_named(self, head: Head, ask: Ask) -> None:
         for flag in ("--stop", "--status", "--follow"):
-            sentence = f"submit.py: there is no job nobody on {head.address}; --list shows all\n"
+            sentence = f"lgm-dist submit: there is no job nobody on {head.address}; --list shows all\n"
             assert ask(flag, "nobody", address=head.address) == (1, sentence)
 
     def test_a_stopped_job_has_longer_than_rays_three_seconds(self, head: Head, ask: Ask) -> None:
@@ -200,7 +213,7 @@ class TestOnAHeadNode:
         assert "\nsaved\n" in logs(head, "slow")
 
     def test_a_sweep_of_two_trials_leaves_its_table(self, head: Head, tiny: Path, tmp_path: Path) -> None:
-        flags = [word for word in training(tiny, tmp_path, "swept")[2:] if "workers" not in word]
+        flags = [word for word in training(tiny, tmp_path, "swept")[4:] if "workers" not in word]
         search = ["--space=normalization", "--samples=2", "--search=random", "--scheduler=none", "--target-ways=4"]
         done = head.submit("--", "python", "tune/sweep.py", *flags, *search)
         assert done.returncode == 0, done.stdout
@@ -225,13 +238,16 @@ class TestRefused:
         for arguments in (["--list"], ["--", "true"]):
             status, text = ask("--address", address, *arguments)
             assert status == 1
-            assert text.startswith(f"submit.py: address ({address}): no Ray cluster answers there (")
+            assert text.startswith(f"lgm-dist submit: address ({address}): no Ray cluster answers there (")
             assert text.count("\n") == 1
         assert time.monotonic() - start < 10
 
     @pytest.mark.parametrize(
         ("answer", "sentence"),
-        [(404, "what answers there is no dashboard of Ray"), (401, "asks for a token; set RAY_AUTH_MODE=token")],
+        [
+            (404, "the server there is not the dashboard of a Ray cluster"),
+            (401, "asks for a token; set RAY_AUTH_MODE=token"),
+        ],
     )
     def test_a_server_that_does_not_take_jobs(self, answer: int, sentence: str, ask: Ask) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -249,19 +265,29 @@ class TestRefused:
         ("command", "sentence"),
         [
             (
-                "train.py --data /d/a.json",
+                "lgm-dist train --data /d/a.json",
                 "storage (runs) must be an absolute path that all machines of the cluster share",
             ),
-            ("train.py --data /d/a.json --storage=mine", f"give --storage {Path('mine').absolute()}, say"),
-            ("train.py --data /d/a.json --storage s3://mine/runs", "storage (s3://mine/runs) must be an absolute path"),
-            ("train.py --storage /s", "data-root (data) must be an absolute path"),
-            ("train.py --storage /s --data birds --data_root sets", "data-root (sets) must be an absolute path"),
-            ("train.py --storage /s --data sets/birds.json", "data (sets/birds.json) must be an absolute path"),
-            ("../tune/sweep.py --data /d/a.json", "storage (runs) must be an absolute path"),
+            (
+                "lgm-dist train --data /d/a.json --storage=mine",
+                f"give --storage {Path('mine').absolute()}, for example",
+            ),
+            (
+                "python -m lgm_dist train --data /d/a.json --storage s3://mine/runs",
+                "storage (s3://mine/runs) must be an absolute path",
+            ),
+            ("python scripts/train.py --storage /s", "data-root (data) must be an absolute path"),
+            (
+                "/usr/bin/lgm-dist grid --storage /s --data birds --data_root sets",
+                "data-root (sets) must be an absolute path",
+            ),
+            ("lgm-dist train --storage /s --data sets/birds.json", "data (sets/birds.json) must be an absolute path"),
+            ("lgm-dist sweep --data /d/a.json", "storage (runs) must be an absolute path"),
+            ("python tune/sweep.py --data /d/a.json", "storage (runs) must be an absolute path"),
         ],
     )
     def test_places_that_would_be_lost_with_the_upload(self, command: str, sentence: str, ask: Ask) -> None:
-        status, text = ask("--", "python", *f"scripts/{command}".split())
+        status, text = ask("--", *command.split())
         assert status == 1
         assert sentence in text
         assert text.count("\n") == 1
@@ -269,35 +295,41 @@ class TestRefused:
     @pytest.mark.parametrize(
         "command",
         [
-            "train.py --storage /s --data /d/a.json",
-            "train.py --storage=/s --data-root=/d",
-            "train.py --storage /s --data https://host/a.json",
-            "train.py --storage /s --config best.json",
-            "evaluate.py /s/run",
+            "lgm-dist train --storage /s --data /d/a.json",
+            "python scripts/train.py --storage=/s --data-root=/d",
+            "lgm-dist train --storage /s --data https://host/a.json",
+            "lgm-dist train --storage /s --config best.json",
+            "lgm-dist evaluate /s/run",
+            "lgm-dist report train",
         ],
     )
     def test_places_that_are_shared_are_not(self, command: str, ask: Ask) -> None:
-        assert "no Ray cluster answers there" in ask("--", "python", *f"scripts/{command}".split())[1]
+        assert "no Ray cluster answers there" in ask("--", *command.split())[1]
+
+    def test_a_checkout_is_uploaded_and_else_the_current_folder(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert upload_folder() == ROOT
+        monkeypatch.setattr(lgm_dist, "__file__", str(tmp_path / "site-packages/lgm_dist/__init__.py"))
+        assert upload_folder() == tmp_path
 
     @pytest.mark.parametrize("arguments", [[], ["--list", "--stop", "x"], ["--stop", "x", "--", "true"]])
     def test_none_or_two_things_at_once(self, arguments: list[str], ask: Ask) -> None:
         status, text = ask(*arguments)
         assert (status, text.count("\n")) == (1, 1)
-        assert text.startswith("submit.py: give one of --stop, --status, --follow, --list, or `-- python")
+        assert text.startswith("lgm-dist submit: give one of --stop, --status, --follow, --list, or `-- lgm-dist train")
 
     def test_the_key_of_an_account_is_passed_only_where_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_API_KEY", SECRET)
         monkeypatch.setenv("WANDB_PROJECT", "mine")
-        monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-        import submit
-
-        assert SECRET not in submit.environment_of([]).values()
-        assert submit.environment_of([])["WANDB_PROJECT"] == "mine"
-        assert submit.environment_of(["WANDB_API_KEY"])["WANDB_API_KEY"] == SECRET
+        assert SECRET not in job_environment([]).values()
+        assert job_environment([])["WANDB_PROJECT"] == "mine"
+        assert job_environment(["WANDB_API_KEY"])["WANDB_API_KEY"] == SECRET
 
     def test_a_variable_that_is_not_set(self, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("NOT_HERE", raising=False)
         assert ask("--env", "NOT_HERE", "--", "true") == (
             1,
-            "submit.py: env (NOT_HERE) is not set here; give --env NOT_HERE=VALUE\n",
+            "lgm-dist submit: env (NOT_HERE) is not set here; give --env NOT_HERE=VALUE\n",
         )

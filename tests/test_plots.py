@@ -108,7 +108,7 @@ def _runs(mask: np.ndarray[Any, Any]) -> list[int]:
 
 def test_episode(run: Path) -> None:
     """Every query that is shown is framed green or red as the best checkpoint has decided it."""
-    bank = open_bank(config_of(run).data, "val")
+    bank = open_bank(config_of(run).data.name, "val")
     model, config, _ = checkpoint.load_model(checkpoint.best(run))
     path = plots.episode(run, bank, index=3)
     assert path == run / "episode.png"
@@ -132,7 +132,7 @@ def test_episode_asks_the_best_checkpoint_with_the_protocols_noise(
     forward = LGMNet.forward
 
     def spy(self: LGMNet, support: Any, query: Any, ways: int, noise: Any = None) -> Any:
-        asked.append((torch.equal(self.generators[0].w1, model.generators[0].w1), noise is not None))  # type: ignore[arg-type]
+        asked.append((torch.equal(self.generator.layers[0].w1, model.generator.layers[0].w1), noise is not None))  # type: ignore[arg-type]
         return forward(self, support, query, ways, noise)
 
     monkeypatch.setattr(LGMNet, "forward", spy)

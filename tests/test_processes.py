@@ -1,4 +1,4 @@
-"""Processes found and ended, those too that a Ray leaves behind."""
+"""Processes are found and killed, also those that Ray leaves behind."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from lgm_dist.cluster.processes import below, handles, has_ended, have_handles, kill
+from lgm_dist.cluster.processes import descendants, has_ended, kill, open_pidfds, supports_pidfds
 
 ROOT = Path(__file__).parents[1]
 
 
 def state(pid: int) -> str:
-    """The letter of ps, "" for a process that has ended, if only its parent has not asked yet."""
+    """The state letter of ps, "" for a process that has ended, even if nobody has waited for it."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -33,60 +33,62 @@ def within(seconds: float, pid: int, letter: str) -> bool:
     return state(pid) == letter
 
 
-def test_children_of_children_are_found_and_stopped_ones_ended() -> None:
+def test_children_of_children_are_found_and_stopped_ones_are_killed() -> None:
     shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
     assert shell.stdout
     sleeper = int(shell.stdout.readline())
-    while (found := below(os.getpid()))[sleeper] != "sleep 1000 ":
-        time.sleep(0.01)  # until the shell's copy of itself has become that program
+    while (found := descendants(os.getpid()))[sleeper] != "sleep 1000 ":
+        time.sleep(0.01)  # until the shell's fork has executed sleep
     assert list(found).index(shell.pid) < list(found).index(sleeper)
-    assert list(below(shell.pid)) == [sleeper]
+    assert list(descendants(shell.pid)) == [sleeper]
     os.kill(sleeper, signal.SIGSTOP)
     assert within(10, sleeper, "T")
-    kill(handles([sleeper, shell.pid]))
+    kill(open_pidfds([sleeper, shell.pid]))
     assert state(sleeper) == ""
-    assert handles([shell.pid]) == []  # it has ended and been waited for
-    assert shell.wait() == 0  # as another has asked before
+    assert open_pidfds([shell.pid]) == []  # it has ended and `kill` has waited for it
+    assert shell.wait() == 0  # the status is lost, since `kill` has asked for it
 
 
-def test_a_name_that_is_cut_within_a_letter_is_no_matter(tmp_path: Path) -> None:
-    """The kernel keeps 15 bytes of it."""
+def test_a_process_whose_name_is_cut_within_a_letter_is_found(tmp_path: Path) -> None:
+    """The kernel keeps 15 bytes of the name."""
     program = tmp_path / "абвгдежз"
     shutil.copy(shutil.which("sleep") or "", program)
     process = subprocess.Popen([program, "1000"])
-    while process.pid not in below(os.getpid()) or not below(os.getpid())[process.pid].startswith(str(program)):
-        time.sleep(0.01)  # until it has become that program
+    while process.pid not in descendants(os.getpid()) or not descendants(os.getpid())[process.pid].startswith(
+        str(program)
+    ):
+        time.sleep(0.01)  # until the child has executed the program
     with pytest.raises(UnicodeDecodeError):
         Path(f"/proc/{process.pid}/stat").read_bytes().decode()
-    kill(handles([process.pid]))
+    kill(open_pidfds([process.pid]))
     process.wait()
 
 
-def test_without_descriptors_of_processes_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with some builds of Python for Linux, and on other systems."""
-    assert have_handles()
+def test_systems_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some builds of Python for Linux have none, and other systems."""
+    assert supports_pidfds()
     monkeypatch.delattr(os, "pidfd_open")
-    assert handles([os.getpid()]) == []
-    assert not have_handles()
+    assert open_pidfds([os.getpid()]) == []
+    assert not supports_pidfds()
 
 
 ADOPTS = """
 import os, subprocess, time
-from lgm_dist.cluster.processes import adopt_orphans, below, handles, kill
+from lgm_dist.cluster.processes import adopt_orphans, descendants, kill, open_pidfds
 
 adopt_orphans(True)
 shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!"], stdout=subprocess.PIPE, text=True)
 orphan = int(shell.stdout.readline())
 shell.wait()
-while "sh -c" in str(below(os.getpid())):
-    time.sleep(0.01)  # until the shell's copy of itself has become that program
-print(orphan, below(os.getpid()))
-kill(handles([orphan]))
-print(below(os.getpid()))
+while "sh -c" in str(descendants(os.getpid())):
+    time.sleep(0.01)  # until the shell's fork has executed sleep
+print(orphan, descendants(os.getpid()))
+kill(open_pidfds([orphan]))
+print(descendants(os.getpid()))
 """
 
 
-def test_a_process_whose_parent_has_ended_stays_below_one_that_adopts_and_is_waited_for() -> None:
+def test_an_orphan_becomes_a_child_of_the_process_that_adopts_it() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ADOPTS], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
@@ -96,28 +98,28 @@ def test_a_process_whose_parent_has_ended_stays_below_one_that_adopts_and_is_wai
     assert second == "{}"
 
 
-def test_the_end_of_a_process_is_seen_within_the_time_that_is_given() -> None:
+def test_has_ended_waits_for_at_most_the_given_time() -> None:
     process = subprocess.Popen(["sleep", "1000"])
-    (descriptor,) = handles([process.pid])
-    assert not has_ended(descriptor)
+    (pidfd,) = open_pidfds([process.pid])
+    assert not has_ended(pidfd)
     start = time.monotonic()
-    assert not has_ended(descriptor, 0.2)
+    assert not has_ended(pidfd, 0.2)
     assert time.monotonic() - start >= 0.2
     process.kill()
-    assert has_ended(descriptor, 10)
-    assert has_ended(descriptor), "although nobody has waited for it"
+    assert has_ended(pidfd, 10)
+    assert has_ended(pidfd), "although nobody has waited for the process"
     process.wait()
-    os.close(descriptor)
+    os.close(pidfd)
 
 
-def test_a_process_that_has_ended_meanwhile_is_no_error_and_its_descriptor_is_closed() -> None:
+def test_kill_closes_the_descriptor_of_a_process_that_has_ended() -> None:
     process = subprocess.Popen(["sleep", "1000"])
-    (descriptor,) = handles([process.pid])
+    (pidfd,) = open_pidfds([process.pid])
     process.kill()
     process.wait()
-    kill([descriptor])
+    kill([pidfd])
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptor)
+        os.fstat(pidfd)
 
 
 HANGS_AT_ITS_END = """
@@ -133,7 +135,7 @@ class Actor:
 connect(1, dashboard=False)
 actor = Actor.remote()
 print(ray.get(actor.hang.remote()))
-del actor  # it takes its leave of Ray and waits for its thread
+del actor  # Ray asks it to exit, and it waits for its thread
 time.sleep(2)
 disconnect()
 """
@@ -141,8 +143,8 @@ disconnect()
 
 @pytest.mark.ray
 class TestUnderRay:
-    def test_no_process_of_a_ray_outlives_it_not_even_one_that_hangs_at_its_end(self) -> None:
-        """With ray.shutdown() alone this one does, as a controller of Ray Train's did twice in some dozens of runs."""
+    def test_no_process_of_a_local_ray_outlives_it(self) -> None:
+        """With ray.shutdown() alone, a process that hangs at its exit would."""
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         command = [sys.executable, "-c", HANGS_AT_ITS_END]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

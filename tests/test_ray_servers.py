@@ -1,4 +1,4 @@
-"""What becomes of a run whose own Ray loses a server or hangs, and of one whose processes are all told to end."""
+"""A run goes on if its local Ray loses a server or hangs, and ends with a checkpoint if all its processes get SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ import pytest
 from test_processes import state
 from test_train import config, digests, history
 
-from lgm_dist.cluster import connection as ray_cluster
+from lgm_dist.cluster import connection
 from lgm_dist.cluster.connection import RayEnded, Watch
 from lgm_dist.cluster.fit import fit
-from lgm_dist.cluster.processes import below, handles
+from lgm_dist.cluster.processes import descendants, open_pidfds
 from lgm_dist.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
 
 def once(process: subprocess.Popen[str], run: Path, steps: int) -> None:
-    """Waits for so many rows."""
+    """Wait for so many rows."""
     while process.poll() is None and len(read_metrics(run)) < steps:
         time.sleep(0.01)
 
 
 def server(process: subprocess.Popen[str], name: str) -> int:
-    """The pid of a server of its Ray."""
-    (pid,) = (pid for pid, command in below(process.pid).items() if f"/{name} " in command)
+    """The pid of a server of the process's Ray."""
+    (pid,) = (pid for pid, command in descendants(process.pid).items() if f"/{name} " in command)
     return pid
 
 
 @pytest.fixture
 def raylet(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that a Watch takes for the one server of its Ray."""
+    """A process that a Watch takes for the only server of its Ray."""
     process = subprocess.Popen(["sleep", "1000"])
-    (descriptor,) = handles([process.pid])
-    monkeypatch.setattr(ray_cluster, "_servers", {"raylet": descriptor})
+    (pidfd,) = open_pidfds([process.pid])
+    monkeypatch.setattr(connection, "_servers", {"raylet": pidfd})
     yield process
     process.kill()
     process.wait()
-    os.close(descriptor)
+    os.close(pidfd)
 
 
 def test_a_server_that_has_ended_is_noticed(raylet: subprocess.Popen[bytes]) -> None:
@@ -56,34 +56,34 @@ def test_a_server_that_has_ended_is_noticed(raylet: subprocess.Popen[bytes]) -> 
         watch()
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, signs: str, seconds: float) -> int:
-    """A letter a second is the sign of life; after how many a Watch has had enough, or all of them."""
+def watched(monkeypatch: pytest.MonkeyPatch, letters: str, seconds: float) -> int:
+    """After how many of these letters, one a second, a Watch raises RayEnded; their number if it does not."""
     now = 0
-    monkeypatch.setattr(ray_cluster.time, "monotonic", lambda: float(now))
-    watch = Watch(lambda: signs[now], seconds)
+    monkeypatch.setattr(connection.time, "monotonic", lambda: float(now))
+    watch = Watch(lambda: letters[now], seconds)
     try:
-        for now in range(1, len(signs)):  # noqa: B007
+        for now in range(1, len(letters)):  # noqa: B007
             watch()
     except RayEnded as error:
         return now if str(error) == f"nothing has happened for {seconds:g} s" else -1
-    return len(signs)
+    return len(letters)
 
 
 @pytest.mark.usefixtures("raylet")
 @pytest.mark.parametrize(
-    ("signs", "seconds", "seen"),
+    ("letters", "seconds", "seen"),
     [
         ("abbbbbbbb", 3, 5),  # since the 1st second
         ("abbbcccccc", 3, 8),  # since the 4th
-        ("aaaaaaaaaaaa", 3, 12),  # it waits to begin
+        ("aaaaaaaaaaaa", 3, 12),  # it has not begun
         ("abcdefghijkl", 3, 12),  # it goes on
         ("abbbbbbbbbbb", 0, 12),  # there is no limit
     ],
 )
-def test_a_run_that_has_begun_and_gives_no_sign_of_life_is_ended(
-    signs: str, seconds: float, seen: int, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_has_begun_and_makes_no_progress_is_ended(
+    letters: str, seconds: float, seen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert watched(monkeypatch, signs, seconds) == seen
+    assert watched(monkeypatch, letters, seconds) == seen
 
 
 def test_a_clusters_ray_is_left_to_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +107,11 @@ class TestUnderRay:
         run, started = tmp_path / "run", dict[int, str]()
         for steps, name in ((120, "gcs_server"), (320, "raylet")):
             once(process, run, steps)
-            started |= below(process.pid)
+            started |= descendants(process.pid)
             os.kill(server(process, name), signal.SIGKILL)
-            time.sleep(1)  # the rows after its last checkpoint come again
+            time.sleep(1)  # until the rows after its last checkpoint have been written again
         once(process, run, 520)
-        started |= below(process.pid)
+        started |= descendants(process.pid)
         os.killpg(process.pid, signal.SIGTERM)
         error = process.communicate(timeout=60)[1]
         assert process.returncode == 1, error
@@ -124,8 +124,8 @@ class TestUnderRay:
             f"train.py: stopped with a checkpoint of step {steps}; the same command goes on from it",
         ]
         assert len(started) > 20
-        assert {name for pid, name in started.items() if state(pid)} == set(), "nothing of it is left"
+        assert {name for pid, name in started.items() if state(pid)} == set(), "none of its processes is left"
         alone = fit(config(tiny, tmp_path / "alone", epochs=1, steps_per_epoch=steps, eval_every=50))
         assert history(run)[:-1] == history(alone)[:-1]
-        assert history(alone)[-1].items() >= history(run)[-1].items()  # which was not evaluated
+        assert history(alone)[-1].items() >= history(run)[-1].items()  # the last row, which has no evaluation
         assert digests(run)[f"step-{steps:08d}"] == digests(alone)[f"step-{steps:08d}"]

@@ -1,4 +1,4 @@
-"""The main job: `fit` in this process and under Ray Train, resumed, refused; two equal runs give equal bits."""
+"""`fit` in this process and under Ray Train: it resumes, refuses, and gives equal bits for equal runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from test_scripts import run as run_script
 
 from lgm_dist.cluster.connection import disconnect, start_local_ray
 from lgm_dist.cluster.fit import fit
-from lgm_dist.cluster.processes import below
+from lgm_dist.cluster.processes import descendants
 from lgm_dist.config import Config
 from lgm_dist.errors import RunFailed
 from lgm_dist.runs.folder import read_result
@@ -33,7 +32,7 @@ TIMES = {"seconds", "speed/episodes_per_s", "memory/peak_bytes"}
 
 
 def config(tiny: Path, storage: Path, **changes: Any) -> Config:
-    """12 steps of 4 episodes of a narrow network, evaluated every 4; a second."""
+    """12 steps of 4 episodes of a narrow network, evaluated every 4 steps. It trains in a second."""
     small = {"ways": 3, "query": 2, "epochs": 1, "steps_per_epoch": 12, "meta_batch": 4, "eval_every": 4, "workers": 0}
     counts = {"eval_episodes": 10, "test_episodes": 20, "eval_query": 3}
     places = {"data": str(tiny), "storage": str(storage), "name": "run", "model": {"filters": 8}}
@@ -41,7 +40,7 @@ def config(tiny: Path, storage: Path, **changes: Any) -> Config:
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock and the process's memory say."""
+    """The rows of metrics.jsonl without times and memory."""
     return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(run)]
 
 
@@ -110,7 +109,7 @@ def test_a_run_is_refused_while_it_is_trained_and_resumed_with_the_same_bits_whe
     with pytest.raises(ValueError, match=owner + "wait for it, stop it, or give another --name"):
         fit(config(tiny, tmp_path / "killed", steps_per_epoch=48, eval_every=12, max_failures=7))
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
+    assert process.wait() == -signal.SIGKILL, "it must not end before it is killed"
     assert (killed / "config.json").read_bytes() == before
     resumed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "| run" in resumed.stdout
@@ -123,7 +122,7 @@ def test_a_run_is_refused_while_it_is_trained_and_resumed_with_the_same_bits_whe
 def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_of_its_last_step(
     number: signal.Signals, tiny: Path, tmp_path: Path
 ) -> None:
-    """And resumed it ends with the bits of one that was left alone, although it stopped between two evaluations."""
+    """Resumed, it ends with the bits of an undisturbed run, although it stopped between two evaluations."""
     whole = fit(config(tiny, tmp_path / "whole", steps_per_epoch=60, eval_every=30))
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPABLE, str(tiny), str(tmp_path)],
@@ -187,7 +186,7 @@ def test_paper_protocol_trains_with_one_query_and_says_that_it_leaks(
 
 @pytest.fixture(scope="module")
 def ray_head() -> Iterator[None]:
-    """One local Ray for all tests that need one: starting it takes longer than the tests."""
+    """One local Ray for all tests of this file, because its start takes longer than the tests."""
     import torch
 
     assert not torch.distributed.is_initialized()
@@ -198,17 +197,17 @@ def ray_head() -> Iterator[None]:
 
 @contextmanager
 def listening_workers() -> Iterator[set[tuple[str, int]]]:
-    """Sockets on which Ray Train workers of this process have listened meanwhile; Ray's own are there before they train."""
-    found, over = set[tuple[str, int]](), threading.Event()
+    """Collect the sockets on which Ray Train workers listen meanwhile. Ray's other processes listen before they train."""
+    sockets, over = set[tuple[str, int]](), threading.Event()
 
     def watch() -> None:
         while not over.wait(0.05):
-            workers = [pid for pid, name in below(os.getpid()).items() if name.startswith("ray::RayTrainWorker")]
-            found.update(listening_sockets(workers))
+            workers = [pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::RayTrainWorker")]
+            sockets.update(listening_sockets(workers))
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield found
+    yield sockets
     over.set()
     thread.join()
 
@@ -217,10 +216,10 @@ def listening_workers() -> Iterator[set[tuple[str, int]]]:
 @pytest.mark.usefixtures("ray_head")
 class TestUnderRay:
     def test_every_socket_of_a_local_ray_is_on_loopback(self) -> None:
-        """GCS, raylet, dashboard and their agents: nothing outside this machine reaches them."""
-        found = listening_sockets(below(os.getpid()))
-        assert len(found) >= 5
-        assert {address for address, _ in found} <= {"127.0.0.1", "::1"}
+        """No other machine reaches the GCS, the raylet, the dashboard and their agents."""
+        sockets = listening_sockets(descendants(os.getpid()))
+        assert len(sockets) >= 5
+        assert {address for address, _ in sockets} <= {"127.0.0.1", "::1"}
 
     def test_two_workers_take_the_steps_of_one_and_one_goes_on_where_they_stopped(
         self, tiny: Path, tmp_path: Path
@@ -228,12 +227,12 @@ class TestUnderRay:
         small = config(tiny, tmp_path / "one", lr=1e-6, lr_min=0.0)
         alone = history(fit(small))
         elastic = small.replace(storage=str(tmp_path / "two"), workers=1, max_workers=2, steps_per_epoch=4)
-        with listening_workers() as found:
+        with listening_workers() as sockets:
             run = fit(elastic)
-        assert len(found) >= 3, "the store of rank 0, and gloo in both"
-        assert {address for address, _ in found} == {"127.0.0.1"}
+        assert len(sockets) >= 3, "the store of rank 0, and gloo in both"
+        assert {address for address, _ in sockets} == {"127.0.0.1"}
         assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
-        assert json.loads((run / "facts.json").read_text())["world_size"] == 2, "as many as there is room for"
+        assert json.loads((run / "facts.json").read_text())["world_size"] == 2, "as many workers as there is room for"
         run = fit(elastic.replace(max_workers=0, epochs=3))
         rows = history(run)
         assert [row["step"] for row in rows] == list(range(1, 13))
@@ -244,7 +243,7 @@ class TestUnderRay:
         assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000012"
 
     def test_ctrl_c_ends_a_run_of_workers_with_a_checkpoint_of_its_last_step(self, tiny: Path, tmp_path: Path) -> None:
-        """Ray has handlers of its own for it."""
+        """Ray sets handlers of its own for SIGINT."""
 
         def interrupt() -> None:
             while len(read_metrics(tmp_path / "run")) < 10:
@@ -260,20 +259,26 @@ class TestUnderRay:
         assert 10 <= len(rows) < 4000
         assert list(digests(tmp_path / "run")) == [f"step-{len(rows):08d}"]
 
-    def test_workers_of_whom_one_dies_while_they_meet_make_room_for_others(
+    def test_workers_are_replaced_if_one_dies_in_the_rendezvous(
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Ray Train keeps the resources of such workers, so that the next ones would wait for ever."""
-        import deadly_workers  # here, as it loads Ray
-        import ray
+        """The other worker waits for it in the rendezvous."""
+        from lgm_dist.cluster import trainer, worker  # here, because they load Ray
 
-        from lgm_dist.cluster import rendezvous
+        died = tmp_path / "died"
 
-        met = tmp_path / "met"
-        ray.cloudpickle.register_pickle_by_value(deadly_workers)
-        monkeypatch.setattr(rendezvous, "OwnAddress", partial(deadly_workers.DiesOnce, init_method=str(met)))
+        def run_worker(job_values: dict[str, Any]) -> str | None:
+            import ray.train
+
+            if ray.train.get_context().get_world_rank() == 1 and not died.exists():
+                died.touch()
+                time.sleep(1)  # rank 0 waits in its broadcast
+                os._exit(1)
+            return worker.run_worker(job_values)
+
+        monkeypatch.setattr(trainer, "run_worker", run_worker)
         run = fit(config(tiny, tmp_path, workers=2, cpus_per_worker=1, steps_per_epoch=4))
-        assert met.exists()
+        assert died.exists()
         assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
 
     def test_killed_and_hung_workers_are_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
@@ -292,7 +297,7 @@ class TestUnderRay:
 
 
 def _kill_and_stop_workers(run: Path, kill: int, stop: int, hit: list[float]) -> None:
-    """SIGKILLs the Ray Train worker once the run has logged `kill` steps, and SIGSTOPs its successor after `stop` steps."""
+    """Kill the Ray Train worker once the run has logged `kill` steps, and SIGSTOP its successor after `stop` steps."""
     for steps, number in ((kill, signal.SIGKILL), (stop, signal.SIGSTOP)):
         while len(read_metrics(run)) < steps:
             time.sleep(0.02)
@@ -301,4 +306,4 @@ def _kill_and_stop_workers(run: Path, kill: int, stop: int, hit: list[float]) ->
             if name.startswith(b"ray::") and b"TrainWorker" in name:
                 os.kill(int(entry.parent.name), number)
                 hit.append(time.monotonic())
-        time.sleep(0.5)  # the killed one's record is written no more
+        time.sleep(0.5)  # until the killed worker writes no more rows

@@ -1,4 +1,4 @@
-"""Workers as processes with gloo, as Ray Train starts them but without Ray."""
+"""Workers with gloo in processes that are started without Ray."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ from lgm_dist.training.loop import build_network
 from lgm_dist.training.schedule import make_optimizer
 from lgm_dist.training.worker import Worker
 
-_PATIENCE = 120  # seconds until a run of processes counts as hung
+_TIMEOUT_S = 120  # after which the processes count as hung
 
 
 def run_workers(world_size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """work(worker, *arguments) in `world_size` processes; what it returns (tensors and plain values), by rank.
+    """Call work(worker, *arguments) in `world_size` processes and return its results (tensors and plain values) by rank.
 
-    One worker works in this process, without a process group, as a run without Ray does.
+    A single worker works in this process, without a process group, as a run without Ray does.
     """
     if world_size == 1:
         return [work(Worker(), *arguments)]
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")  # torch is imported once, not by every worker
-    context.set_forkserver_preload(["torch._dynamo", "lgm_dist.cluster.fit"])  # the first, since optimizers import it
+    context.set_forkserver_preload(
+        ["torch._dynamo", "lgm_dist.cluster.fit"]
+    )  # torch._dynamo, because optimizers import it
     processes = [
         context.Process(target=_process, args=(rank, world_size, folder, work, arguments)) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(_PATIENCE)
+        process.join(_TIMEOUT_S)
     exits = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert exits == [0] * world_size, f"exit codes {exits} (None: still running after {_PATIENCE} s)"
+    assert exits == [0] * world_size, f"exit codes {exits} (None: still running after {_TIMEOUT_S} s)"
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
@@ -56,7 +58,7 @@ def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any],
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=_PATIENCE / 2),
+        timeout=timedelta(seconds=_TIMEOUT_S / 2),
     )
     worker = make_worker(rank, world_size, "cpu", lambda: None)
     torch.save(work(worker, *arguments), folder / f"{rank}.pt")
@@ -64,7 +66,7 @@ def _process(rank: int, world_size: int, folder: Path, work: Callable[..., Any],
 
 
 def train(worker: Worker, config: Config, dtype: torch.dtype, steps: int) -> tuple[list[float], dict[str, Tensor]]:
-    """The steps of lgm_dist.training.loop.train_fn in `dtype`: the meta-batch's loss at each, and the model's state after."""
+    """Take the steps of lgm_dist.training.loop.train_fn in `dtype`. Return the loss of each and the state of the model."""
     bank = open_bank(config.data.name, "train", config.data.cache)
     model = build_network(config, worker).to(dtype).train()
     parallel = worker.data_parallel(model)

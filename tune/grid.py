@@ -1,4 +1,4 @@
-"""`lgm-dist grid` in a checkout."""
+"""The same as `lgm-dist grid`, for a checkout."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`lgm-dist sweep` with the spaces of tune/spaces.py."""
+"""The same as `lgm-dist sweep`, with the spaces of tune/spaces.py."""
 
 import functools
 import sys

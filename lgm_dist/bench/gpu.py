@@ -73,6 +73,8 @@ def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Callable[
     task = Episodes(config, {"train": bank}, Worker(device=device))
     optimizer = task.optimizer(model)
     take_step = make_step(task, model, model, optimizer, 0) if graph else EagerStep(task, model, optimizer)
+    if graph and isinstance(take_step, EagerStep):
+        raise ValueError("a CUDA graph needs a GPU")
     return lambda step: take_step(task.batch(step), step)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from unittest import mock
@@ -15,6 +14,7 @@ from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import gather_episodes, load_images, sample_episodes
+from lgm_dist.extras import installed
 from lgm_dist.model import LGMNet
 from lgm_dist.training.evaluation import evaluate
 from lgm_dist.training.memory import keep_freed_memory
@@ -27,9 +27,9 @@ HEADER = ("episodes ready for the model", "episodes/s", "to plain numpy")
 def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] | None = None) -> Section:
     """Sample and gather 5-way 1-shot 15-query episodes in one process.
 
-    `against` names peers of PEERS; None takes those that are installed. Raises ValueError for a peer that is not installed.
+    `against` names peers of PEERS (see `check_peers`).
     """
-    peers = {name: PEERS[name](bank) for name in (installed_peers() if against is None else against)}
+    peers = {name: PEERS[name](bank) for name in check_peers(against)}
     torch.set_num_threads(threads)
     keep_freed_memory()
     position = iter(range(0, 1 << 30, EPISODES))
@@ -54,20 +54,23 @@ def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] 
     return Section("data", "lgm-dist bench data", HEADER, rows, note, {"seconds": plain(found)})
 
 
-def installed_peers() -> list[str]:
-    """The peers that are installed."""
-    return [name for name in PEERS if importlib.util.find_spec(name)]
+def check_peers(names: Sequence[str] | None) -> Sequence[str]:
+    """The peers of these names; None: those that are installed. Raises ValueError for one that is unknown or not installed."""
+    if names is None:
+        return [name for name in PEERS if installed(name)]
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"against ({name}) must be one of {', '.join(PEERS)}")
+        if not installed(name):
+            raise ValueError(f"against ({name}) is not installed; install {name}, or leave it out")
+    return names
 
 
 def _easyfsl(bank: ImageBank) -> Callable[[], object]:
     """EPISODES episodes of easyfsl in its fastest configuration: normalised float tensors in memory, no worker processes."""
-    try:
-        from easyfsl.datasets import FeaturesDataset
-        from easyfsl.samplers import TaskSampler
-    except ImportError as error:
-        raise ValueError(
-            f"against (easyfsl) is not installed ({error}); install easyfsl 1.5.0, or leave it out"
-        ) from None
+    from easyfsl.datasets import FeaturesDataset  # of 1.5.0
+    from easyfsl.samplers import TaskSampler
+
     labels = np.repeat(np.arange(len(bank.classes)), bank.counts)
     everything = load_images(bank, CONFIG, np.arange(len(bank.images))).contiguous()  # (n, C, H, W)
     dataset = FeaturesDataset(labels.tolist(), everything, list(bank.classes))

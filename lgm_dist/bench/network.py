@@ -19,8 +19,8 @@ from lgm_dist.config import ModelConfig
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 STEP_HEADER = (
-    *("episodes", "lgm_dist (episodes/s)", "plain (episodes/s)", "faster by", "difference of the losses"),
-    "bf16 to float32",
+    *("episodes", "lgm_dist (episodes/s)", "plain (episodes/s)", "faster by", "of it by kernels"),
+    *("difference of the losses", "bf16 to float32"),
 )
 Loss = dict[str, float]
 
@@ -34,7 +34,7 @@ def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Secti
         raise ValueError(
             f"the plain network ({REFERENCE}) is missing; run the benchmark in a checkout of the repository"
         )
-    kinds = ["ours", "plain", "plain-kept"]
+    kinds = ["ours", "ours-reference", "plain", "plain-kept"]
     if torch.cpu._is_avx512_bf16_supported():
         kinds.append("ours-bf16")
     rows, values = [], {}
@@ -47,17 +47,22 @@ def step(rounds: int, settings: tuple[tuple[int, int], ...] = SETTINGS) -> Secti
         name = f"{ways}-way {shot}-shot"
         half = ratio(found["ours"], found["ours-bf16"]).text(2) if "ours-bf16" in found else "no AVX512-BF16"
         against = f"{faster.text(2)} ({kept.median:.2f})"
-        rows.append((name, speed["ours"].text(), speed["plain"].text(), against, f"{apart:.1e}", half))
+        by_kernels = ratio(found["ours-reference"], found["ours"])
+        rows.append(
+            (name, speed["ours"].text(), speed["plain"].text(), against, by_kernels.text(2), f"{apart:.1e}", half)
+        )
         values[name] = {
             "seconds": plain(found),
             "faster": faster.values,
             "faster_kept": kept.values,
+            "faster_by_kernels": by_kernels.values,
             "loss": apart,
         }
     note = (
         f"Meta-batch 32, 32 x 32 pixels, {StepSetup('ours').threads} threads, float32; median [smallest, largest] of {rounds} "
         "rounds in turn, each contender in its own process. plain: PyTorch without tuning, a loop over episodes, NCHW. "
-        "In brackets: the ratio if the plain process keeps freed memory too, as our training does."
+        "In brackets: the ratio if the plain process keeps freed memory too, as our training does. By kernels: the ratio to "
+        "our step with model.kernels reference."
     )
     return Section("step", "lgm-dist bench step", STEP_HEADER, rows, note, values)
 

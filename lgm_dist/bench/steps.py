@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lgm_dist.config import Config
+from lgm_dist.config import Config, ModelConfig
 from lgm_dist.data.episodes import EpisodeBatch
 from lgm_dist.model import LGMNet
 from lgm_dist.training.episodes_task import Episodes
@@ -38,7 +38,8 @@ REFERENCE = ROOT / "tests/reference.py"
 
 @dataclass(frozen=True)
 class StepSetup:
-    """What a contender trains. `kind` is ours, ours-bf16, plain (the reference) or plain-kept (which keeps freed memory)."""
+    """What a contender trains. `kind` is ours, ours-bf16, ours-reference (without kernels), plain (the reference) or plain-kept
+    (which keeps freed memory)."""
 
     kind: str
     ways: int = 5
@@ -69,9 +70,9 @@ def stepper(steps: StepSetup) -> Callable[[], float]:
     config, batch = Config.of(ways=steps.ways, shot=steps.shot, meta_batch=steps.meta_batch), batch_of(steps)
     if steps.kind == "ours-bf16":
         config = config.replace(precision="bf16")
-    model = LGMNet().train()
+    model = LGMNet(ModelConfig(kernels="reference" if steps.kind == "ours-reference" else "auto")).train()
     optimizer, task = make_optimizer(model, config), Episodes(config, {}, Worker())
-    if steps.kind in ("ours", "ours-bf16"):
+    if steps.kind.startswith("ours"):
         return lambda: float(train_step(task, model, optimizer, batch, 0)[0])
     network = _reference().EagerLGMNet(model.state_dict(keep_vars=True))
     plain = replace(batch, images=batch.images.contiguous())

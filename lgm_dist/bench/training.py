@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from lgm_dist.bench.measure import Section, Spread, plain, ratio
-from lgm_dist.bench.steps import ROOT, StepSetup, contender
+from lgm_dist.bench.steps import StepSetup, contender
 from lgm_dist.runs.metrics import read_metrics
 
 STEPS, STARTING = 60, 20
@@ -54,13 +54,13 @@ def _run(data: str, data_root: str, workers: int) -> tuple[float, float]:
         flags += ["--name=bench", "--epochs=1", f"--steps-per-epoch={STEPS}", f"--eval-every={STEPS}"]
         flags += ["--eval-episodes=2", "--eval-query=1", "--test-episodes=0", "--wandb=offline"]
         run, start = Path(storage) / "bench", time.time()
-        command = [sys.executable, str(ROOT / "scripts/train.py"), *flags]
+        command = [sys.executable, "-m", "lgm_dist", "train", *flags]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
             try:
                 while not (run / "metrics.jsonl").exists() or not read_metrics(run):
                     if process.poll() is not None:
                         raise ValueError(
-                            f"train.py ended before its first step: {process.communicate()[1].decode()[-500:]}"
+                            f"lgm-dist train ended before its first step: {process.communicate()[1].decode()[-500:]}"
                         )
                     time.sleep(0.02)
                 first = time.time() - start

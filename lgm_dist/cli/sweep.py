@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lgm_dist.cli.flags import Flags, parse
 from lgm_dist.config import Config
+from lgm_dist.extras import need
 from lgm_dist.sweeps.options import SweepOptions
 from lgm_dist.sweeps.spaces import SPACES, Space
 
@@ -26,6 +27,8 @@ def main(argv: list[str], spaces: Mapping[str, Space] = SPACES) -> None:
     """Search the space, evaluate the winner on test, and print and write the results."""
     config, flags = parse(SweepFlags, argv, Config.of(workers=0))
     folder = Path(config.run.storage).absolute() / (config.run.name or f"sweep-{Path(flags.space).stem}")
+    for module in ("ray", "optuna", "matplotlib", "sklearn"):
+        need(module, "sweep", "for a sweep")
     from lgm_dist.cluster.connection import prepare_for_ray  # after parsing, because torch takes seconds to import
 
     prepare_for_ray()

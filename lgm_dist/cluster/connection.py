@@ -1,4 +1,4 @@
-"""A cluster of Ray to train on: the one of RAY_ADDRESS, or one of this process's own that listens on loopback only."""
+"""The Ray cluster to train on: the one at RAY_ADDRESS, or a local Ray that this process starts on loopback."""
 
 from __future__ import annotations
 
@@ -11,48 +11,47 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
-from lgm_dist.cluster.processes import adopt_orphans, below, handles, has_ended, have_handles, kill
+from lgm_dist.cluster.processes import adopt_orphans, descendants, has_ended, kill, open_pidfds, supports_pidfds
 from lgm_dist.training.memory import ONE_ARENA
 
 RAY_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every socket of a local Ray on 127.0.0.1
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds every socket of a local Ray to 127.0.0.1, on Linux too
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment instead of making their own with uv
-    "RAY_AUTH_MODE": "disabled",  # a local Ray on loopback writes no token into the home folder
+    "RAY_AUTH_MODE": "disabled",  # a Ray on loopback needs no token, which would be written to the home folder
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next check
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks until the next check
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # for a Prometheus
-    "RAY_task_events_report_interval_ms": "0",  # else gcs_server keeps a record of each call
-    "RAY_JEMALLOC_LIB_PATH": "",  # with jemalloc, raylet and gcs_server take more memory, and more and more
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # these are for Prometheus
+    "RAY_task_events_report_interval_ms": "0",  # otherwise gcs_server records each call
+    "RAY_JEMALLOC_LIB_PATH": "",  # with jemalloc the memory of raylet and gcs_server keeps growing
     **ONE_ARENA,
     "GLOO_SOCKET_IFNAME": "lo",
 }
-"""For a Ray that `fit` starts itself on this machine; a cluster's own settings are left alone."""
+"""Environment of a local Ray. The settings of a cluster are not changed."""
 
+_SERVERS = ("gcs_server", "raylet")
 _servers: dict[str, int] = {}
-"""Name and descriptor of the processes that the Ray of this process cannot do without; empty where it has none, or no such
-descriptors, and Ray is left to itself."""
-_others: set[int] = set()
-"""Processes that were below this one before its Ray."""
+"""Name and descriptor of the servers of a local Ray. Empty on a cluster and on systems without such descriptors."""
+_started_before: set[int] = set()
+"""Descendants of this process that are older than its local Ray."""
 
 
 class RayEnded(Exception):
-    """The Ray of this process is of no use any more."""
+    """The local Ray has ended or hangs."""
 
 
 def on_cluster() -> bool:
-    """Whether RAY_ADDRESS names a cluster to train on."""
+    """Return True if RAY_ADDRESS names a cluster."""
     return os.environ.get("RAY_ADDRESS", "local") != "local"
 
 
 def connect(cpus: int, log_to_driver: bool = True, dashboard: bool = True) -> bool:
-    """Joins the cluster of RAY_ADDRESS, else starts a local Ray with `cpus` unless this process has one.
+    """Join the cluster at RAY_ADDRESS or start a local Ray with `cpus`, unless this process is connected already.
 
-    True if it is ours to end. Raises ValueError where nothing listens at RAY_ADDRESS.
+    Return True if the caller has to call `disconnect`. Raises ValueError if nothing listens at RAY_ADDRESS.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return False
@@ -68,10 +67,10 @@ def connect(cpus: int, log_to_driver: bool = True, dashboard: bool = True) -> bo
 
 
 def _check_address(address: str) -> None:
-    """Ray itself tries for half a minute and then prints pages."""
+    """Raise ValueError if nothing listens there. Ray itself would try for half a minute and print pages."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
-        return  # auto, or a name that Ray knows
+        return  # "auto", or a name that Ray resolves
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
@@ -82,22 +81,22 @@ def _check_address(address: str) -> None:
 
 
 def prepare_for_ray() -> None:
-    """Sets the environment of a local Ray; before Ray is imported, which reads some of it then."""
+    """Set the environment of a local Ray. Call this before Ray is imported, which reads part of it then."""
     if not on_cluster():
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
 
 
 def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = True) -> None:
-    """Starts a Ray of this process, on this machine, listening on loopback only.
+    """Start a Ray of this process, which listens on loopback only.
 
-    Without its dashboard only where nothing asks it: Ray Train's cleaner does for the state of its controller.
+    Ray Tune needs the dashboard: Ray Train's cleanup after a stopped trial asks it for the state of the trial.
     """
     prepare_for_ray()
     import ray
 
-    _others.update(below(os.getpid()))
-    with _without_sigterm() if have_handles() else nullcontext():  # else Ray's own ways need it
+    _started_before.update(descendants(os.getpid()))
+    with _sigterm_blocked() if supports_pidfds() else nullcontext():  # Ray ends itself by SIGTERM if we cannot kill it
         ray.init(
             "local",
             num_cpus=cpus,
@@ -106,25 +105,19 @@ def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = Tru
             logging_level=logging.ERROR,
             log_to_driver=log_to_driver,
         )
-    started = _node().all_processes
-    for name in ("gcs_server", "raylet"):
-        for handle in handles(info.process.pid for info in started[name]):
-            _servers[name] = handle
-    adopt_orphans(bool(_servers))  # so that workers are found at the end whose raylet has gone
-
-
-def _node() -> Any:
-    """What Ray knows of the processes that it has started here."""
-    from ray._private import worker
-
-    return worker._global_node
+    for pid, command in _ray_processes().items():
+        name = next((name for name in _SERVERS if f"/{name} " in command), "")
+        for pidfd in open_pidfds([pid] if name else []):
+            _servers[name] = pidfd
+    adopt_orphans(bool(_servers))  # so that the workers of a raylet that has died are found and killed
 
 
 @contextmanager
-def _without_sigterm() -> Iterator[None]:
-    """For processes started meanwhile, and by them: SIGTERM is this process's, from which they hear what to do.
+def _sigterm_blocked() -> Iterator[None]:
+    """Block SIGTERM in processes that are started meanwhile, and in those that they start.
 
-    `timeout`, systemd and Slurm send it to all of them at once, and Ray's servers would end before the workers' checkpoint.
+    `timeout`, systemd and Slurm send SIGTERM to all processes of a job at once. This process then asks the workers for a
+    checkpoint, for which Ray's servers have to go on.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -134,59 +127,59 @@ def _without_sigterm() -> Iterator[None]:
 
 
 class Watch:
-    """Called now and then, raises RayEnded where the Ray of this process has ended, or where the given sign of life, once it
-    has changed, has not changed again for so many seconds (0: for ever).
+    """Checks a local Ray when called: raises RayEnded if a server has ended or the training makes no progress.
 
-    Ray itself learns of its raylet's end a quarter of a minute later, and of its gcs_server's never: all steps get slower until
-    it aborts this process, after a minute. For a stopped controller of Ray Train it would wait for ever.
+    `progress` returns a value that changes as training goes on. After its first change it has to change at least every
+    `limit_s` seconds (0: no limit). On a cluster neither is checked.
+
+    Ray notices the end of its raylet after a quarter of a minute and that of its gcs_server not at all: all steps get slower
+    until Ray aborts this process, after a minute. It waits for a stopped controller of Ray Train without a limit.
     """
 
-    def __init__(self, sign: Callable[[], object], seconds: float) -> None:
-        self._sign, self._seconds = sign, seconds
-        self._first = self._last = sign()
-        self._since = time.monotonic()
+    def __init__(self, progress: Callable[[], object], limit_s: float) -> None:
+        self._progress, self._limit_s = progress, limit_s
+        self._first = self._last = progress()
+        self._changed_at = time.monotonic()
 
     def __call__(self) -> None:
-        for name, process in _servers.items():
-            if has_ended(process):
+        for name, pidfd in _servers.items():
+            if has_ended(pidfd):
                 raise RayEnded(f"Ray's {name} has ended")
-        sign, now = self._sign(), time.monotonic()
-        if sign != self._last:
-            self._last, self._since = sign, now
-        elif _servers and self._seconds and sign != self._first and now - self._since > self._seconds:
-            raise RayEnded(f"nothing has happened for {self._seconds:g} s")
+        value, now = self._progress(), time.monotonic()
+        if value != self._last:
+            self._last, self._changed_at = value, now
+        elif _servers and self._limit_s and value != self._first and now - self._changed_at > self._limit_s:
+            raise RayEnded(f"nothing has happened for {self._limit_s:g} s")
 
 
 def disconnect() -> None:
-    """Leaves a cluster; ends a Ray of this process with every process of it.
-
-    Ray does not end a worker that has taken its leave and then hangs, as a controller of Ray Train's now and then does, nor,
-    at once, those of a raylet that has gone, which train on. And it asks one server after the other to end, by SIGTERM, and
-    waits a second for it.
-    """
+    """Leave the cluster, or end the local Ray with all its processes."""
     import ray
 
-    if _servers and _node():
-        _node().kill_all_processes = _end_all
-    if any(map(has_ended, _servers.values())):
-        _end_all()
+    if _servers:
+        kill_local_ray()
     ray.shutdown()
     adopt_orphans(False)
     kill(_servers.values())
     _servers.clear()
-    _others.clear()
+    _started_before.clear()
 
 
-def _end_all(**_: bool) -> None:
-    for _round in range(3):  # a raylet may have started one more meanwhile
-        kill(handles(_of_ray()))
+def kill_local_ray() -> None:
+    """Kill all processes of the local Ray at once.
+
+    `ray.shutdown()` sends SIGTERM, which they block, to one server after the other and waits a second for each. It does not
+    end a worker that hangs at its exit, nor the workers of a raylet that has died, which would train on.
+    """
+    for _ in range(3):  # a raylet may have started one more process meanwhile
+        kill(open_pidfds(_ray_processes()))
 
 
-def _of_ray() -> set[int]:
-    """Ray's processes below this one, and all that they have started."""
+def _ray_processes() -> dict[int, str]:
+    """Return the command lines of the local Ray's processes and of all that they have started, by pid."""
     import ray
 
     package = f"{Path(ray.__file__).parent}/"
-    found = {pid: command for pid, command in below(os.getpid()).items() if pid not in _others}
-    own = {pid for pid, command in found.items() if command.startswith("ray::") or package in command}
-    return own | below(*own).keys()
+    commands = {pid: command for pid, command in descendants(os.getpid()).items() if pid not in _started_before}
+    rays = {pid: command for pid, command in commands.items() if command.startswith("ray::") or package in command}
+    return rays | descendants(*rays)

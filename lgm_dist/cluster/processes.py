@@ -1,4 +1,4 @@
-"""Processes of this machine, from Linux's /proc; elsewhere none is found."""
+"""Processes of this machine, found through Linux's /proc. On other systems none is found."""
 
 from __future__ import annotations
 
@@ -11,66 +11,67 @@ import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
-_PATIENCE = 30.0
-"""Seconds for a killed process to end: a driver or a storage may hold it."""
+_PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
+_KILL_TIMEOUT_S = 30.0
+"""Seconds to wait for the end of a killed process, which a driver or the storage may delay."""
 
 
-def below(*pids: int) -> dict[int, str]:
-    """The command lines of the processes that descend from these, nearest first."""
+def descendants(*pids: int) -> dict[int, str]:
+    """Return the command lines of all descendants of these processes by pid, children before grandchildren."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            parent = int(path.read_bytes().rpartition(b")")[2].split()[1])  # before it a name, of any bytes
+        with contextlib.suppress(OSError):  # the process has just ended
+            parent = int(path.read_bytes().rpartition(b")")[2].split()[1])  # the name before it may hold any bytes
             children.setdefault(parent, []).append(int(path.parent.name))
-    found, left = dict[int, str](), [child for pid in pids for child in children.get(pid, [])]
-    for one in left:
-        left += children.get(one, [])
+    queue, commands = [child for pid in pids for child in children.get(pid, [])], dict[int, str]()
+    for pid in queue:
+        queue += children.get(pid, [])
         with contextlib.suppress(OSError):
-            found[one] = Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return found
+            commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return commands
 
 
 def adopt_orphans(adopt: bool) -> None:
-    """Whether a process below this one whose parent ends stays below it, as its child."""
+    """Set whether a descendant whose parent ends becomes a child of this process, so that `descendants` still finds it."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
 
 
-def handles(pids: Iterable[int]) -> list[int]:
-    """Descriptors that stand for these processes, and for no other when they have ended and their numbers are used again.
+def open_pidfds(pids: Iterable[int]) -> list[int]:
+    """Return a file descriptor for each of these processes that is there.
 
-    None where the kernel (before Linux 5.3) or this Python knows no such descriptors.
+    Unlike a pid, the descriptor never refers to another process. Empty if the kernel (before Linux 5.3) or this build of
+    Python does not support such descriptors.
     """
-    found = []
+    pidfds = []
     for pid in pids:
         with contextlib.suppress(AttributeError, OSError):
-            found.append(os.pidfd_open(pid))
-    return found
+            pidfds.append(os.pidfd_open(pid))
+    return pidfds
 
 
-def have_handles() -> bool:
-    """Whether `handles` knows a process that there is."""
-    own = handles([os.getpid()])
-    for process in own:
-        os.close(process)
-    return bool(own)
+def supports_pidfds() -> bool:
+    """Return True if `open_pidfds` works on this system."""
+    pidfds = open_pidfds([os.getpid()])
+    for pidfd in pidfds:
+        os.close(pidfd)
+    return bool(pidfds)
 
 
-def has_ended(process: int, seconds: float = 0) -> bool:
-    """Whether the process that a descriptor of `handles` stands for has, or does within that time."""
+def has_ended(pidfd: int, timeout_s: float = 0) -> bool:
+    """Return True if the process of a descriptor from `open_pidfds` has ended or ends within `timeout_s` seconds."""
     poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(1000 * seconds))
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
 
 
-def kill(processes: Collection[int]) -> None:
-    """Ends what is left of processes that `handles` stands for, waits for it, and closes the descriptors."""
-    for process in processes:
+def kill(pidfds: Collection[int]) -> None:
+    """Kill the processes of these descriptors, wait until they have ended, and close the descriptors."""
+    for pidfd in pidfds:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-    for process in processes:
-        if has_ended(process, _PATIENCE):
-            with contextlib.suppress(ChildProcessError):  # another's
-                os.waitid(os.P_PIDFD, process, os.WEXITED)
-        os.close(process)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    for pidfd in pidfds:
+        if has_ended(pidfd, _KILL_TIMEOUT_S):
+            with contextlib.suppress(ChildProcessError):  # not a child of this process
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)

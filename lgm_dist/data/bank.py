@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import SPLITS, Split
+from lgm_dist.console import notify
 from lgm_dist.data.lock import exclusive
 from lgm_dist.data.manifest import Manifest, read_manifest
 
@@ -41,6 +42,11 @@ class ImageBank:
     std: tuple[float, ...]
     digest: str = ""
     """sha256 of the manifest (hex)."""
+
+    def __repr__(self) -> str:
+        height, width, channels = self.images.shape[1:]
+        size = f"{len(self.classes):,} classes, {len(self.images):,} images of {width} x {height} x {channels}"
+        return f"ImageBank({self.name!r}, {self.split}: {size})"
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
@@ -106,6 +112,7 @@ def _build(manifest: Manifest, split: Split, path: Path) -> None:
     """Decode a split into `path`. The caller holds the lock, so the two files beside it are ours alone."""
     from lgm_dist.data.shards import read_images  # here, as an open bank needs neither webdataset nor PIL
 
+    notify(f"decoding {manifest.splits[split].images:,} images of {manifest.name}, split {split}")
     start = time.perf_counter()
     arrival, partial = path.with_suffix(".arrival"), path.with_suffix(".partial")
     try:

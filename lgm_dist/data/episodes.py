@@ -66,6 +66,11 @@ class EpisodeBatch:
     rows: EpisodeRows | None = None
     """What was drawn; None where it was drawn on the device."""
 
+    def __repr__(self) -> str:
+        episodes, images, *size = self.images.shape
+        counts = f"{self.shots} support and {images - self.shots} query images of {' x '.join(map(str, size))}"
+        return f"EpisodeBatch({episodes:,} episodes of {counts}, {self.images.device})"
+
     @property
     def support(self) -> Tensor:
         """(B, S, C, H, W), a view of `images`."""

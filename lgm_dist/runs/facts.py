@@ -15,7 +15,7 @@ from lgm_dist.console import notify
 from lgm_dist.data.manifest import read_manifest
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.files import read_json, write_json
-from lgm_dist.runs.folder import FACTS, RESULT
+from lgm_dist.runs.folder import FACTS, RESULT, read_result
 from lgm_dist.runs.job import Job
 from lgm_dist.runs.metrics import read_metrics
 from lgm_dist.training.evaluation import Evaluation
@@ -73,3 +73,13 @@ def write_result(run: Path, config: Config, test: Evaluation | None, memory: lis
     if test:
         result |= {"test/accuracy": test.score.accuracy, "test/ci95": test.score.ci95, "test/episodes": test.episodes}
     write_json(run / RESULT, result)
+
+
+def is_finished(run: Path, config: Config) -> bool:
+    """Return True if the run has taken all steps of `config` and has the result of all its test episodes."""
+    try:
+        result = read_result(run)
+    except ValueError:
+        return False
+    done = result.get("train/steps"), result.get("test/episodes", 0)
+    return done == (total_steps(config), config.episodes.test_episodes)

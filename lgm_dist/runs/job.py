@@ -13,6 +13,7 @@ from lgm_dist.config import SPLITS, Config, Split, differing, marked
 from lgm_dist.data import check_episodes, open_bank
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.prepare import ensure_manifest
+from lgm_dist.extras import need
 from lgm_dist.plugins import load_plugins
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.files import write_json
@@ -37,6 +38,7 @@ def make_job(config: Config) -> Job:
     Raises ValueError for what a user can correct.
     """
     load_plugins(config)
+    _check_libraries(config)
     _check_device(config)
     total_steps(config)  # raises for an unknown stage
     manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
@@ -44,6 +46,13 @@ def make_job(config: Config) -> Job:
     cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
     return Job(config.to_dict(), manifest, cache, str(_claim(config, digest)), threads_of(config))
+
+
+def _check_libraries(config: Config) -> None:
+    if config.run.workers:
+        need("ray", "ray", "to train with workers (--workers 0 trains without it)")
+    if config.run.wandb in ("online", "offline"):
+        need("wandb", "wandb", f"for wandb={config.run.wandb}")
 
 
 def _check_device(config: Config) -> None:

@@ -10,18 +10,22 @@ import sys
 from pathlib import Path
 
 from lgm_dist.config import Config
+from lgm_dist.extras import installed
 from lgm_dist.tracking.panels import DONE
 
 
 def wandb_mode(config: Config) -> str:
     """online, offline or disabled.
 
-    The configuration decides. If it says auto, WANDB_MODE decides, otherwise whether there is an account.
+    The configuration decides. If it says auto: disabled if wandb is not installed, otherwise what WANDB_MODE says, otherwise
+    online with an account and offline without.
     """
-    if os.environ.get("WANDB_MODE") and config.run.wandb == "auto":
-        return os.environ["WANDB_MODE"]
     if config.run.wandb != "auto":
         return config.run.wandb
+    if not installed("wandb"):
+        return "disabled"
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
     try:
         from wandb.sdk.lib import wbauth
     except ImportError:  # a broken installation, which the Mirror reports

@@ -1,7 +1,7 @@
-"""Two hosts: network namespaces of this machine, joined by a wire. Linux, as root, with iproute2 and util-linux.
+"""Faults of two hosts: network namespaces of this machine, joined by a virtual wire. Needs root, iproute2 and util-linux.
 
-The second has processes, shared memory and a folder for Ray of its own, so that nothing but the wire and the storage joins the
-two. No other network reaches them.
+The second host has its own processes, shared memory and Ray folder, so the hosts share only the wire and the storage. No
+other network reaches them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lgm_dist.chaos.elastic import ELASTIC, SETTINGS, compared, world_sizes
-from lgm_dist.chaos.trainings import Outcome, Training, past_this_step
-from lgm_dist.cluster.processes import below, handles, kill
+from chaos.elastic import ELASTIC, SETTINGS, compare, world_sizes
+from chaos.trainings import Outcome, Training, past_this_step
+from lgm_dist.cluster.processes import descendants, kill, open_pidfds
 from lgm_dist.errors import RunFailed
 
 _HERE, _THERE, _PORT = "10.77.0.1", "10.77.0.2", 6379
 _RAY = str(Path(sys.executable).with_name("ray"))
 _AWAY = 10.0
-"""Seconds for which the wire is cut: less than Ray takes to call a node dead."""
+"""Seconds for which the wire is cut, fewer than Ray needs to declare a node dead."""
 _OWN_PLACES = "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && mount -t tmpfs none /dev/shm && exec"
 
 
 def hosts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
-    """--workers 1:2 on two hosts: one joins, the wire is cut for a while, and the second host's power fails and comes back."""
+    """Train with --workers 1:2. A second host joins, the wire is cut for a while, the second host loses power and returns."""
     if os.geteuid() or not all(shutil.which(tool) for tool in ("ip", "unshare", "mount")):
-        raise RunFailed(
-            "hosts: two hosts are network namespaces, for which this part must be root and have ip and unshare"
-        )
+        raise RunFailed("hosts: this part makes network namespaces; run it as root and install ip, unshare and mount")
     with _two_hosts() as (here, there):
         training = Training(
             *(folder, "hosts", *ELASTIC, "--steps-per-epoch=1000000", "--workers=1:2", "--max-failures=20"),
@@ -55,7 +53,7 @@ def hosts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
             _wire(there, "up")
 
         def fail() -> None:
-            _wire(there, "down")  # so that no farewell gets through
+            _wire(there, "down")  # so that no goodbye gets through
             second[-1].kill()
             second[-1].wait()
 
@@ -73,16 +71,16 @@ def hosts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
             training.until(lambda: training.step() >= 100)
             outcomes = [_suffer(training, *fault) for fault in faults]
             training.process.send_signal(signal.SIGTERM)
-            training.wait(status=1)  # it leaves a checkpoint
+            training.wait(status=1)  # with a checkpoint
         finally:
             training.process.kill()
             for node in second:
                 node.kill()
-    return [*outcomes, compared(folder, training, len(faults))]
+    return [*outcomes, compare(folder, training, len(faults))]
 
 
 def _suffer(training: Training, name: str, fault: Callable[[], Any], size: int) -> Outcome:
-    """What becomes of the run: it goes on with `size` workers, 0: with those that it has."""
+    """Cause a fault and wait until the run goes on with `size` workers (0: with those that it has)."""
     before, start, past = len(world_sizes(training)), time.monotonic(), past_this_step(training)
     fault()
     if size:
@@ -98,7 +96,7 @@ def _suffer(training: Training, name: str, fault: Callable[[], Any], size: int) 
 
 @contextmanager
 def _two_hosts() -> Iterator[tuple[str, str]]:
-    """The names of two namespaces, with a node of Ray in the first."""
+    """Make two namespaces, start a Ray head node in the first, and give their names."""
     names = tuple(f"lgm-{side}-{os.getpid()}" for side in ("here", "there"))
     head: subprocess.Popen[bytes] | None = None
     try:
@@ -113,18 +111,18 @@ def _two_hosts() -> Iterator[tuple[str, str]]:
         asked = [*_inside(names[0]), _RAY, "health-check", f"--address={_HERE}:{_PORT}"]
         while subprocess.run(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60).returncode:
             if head.poll() is not None:
-                raise RunFailed("hosts: the cluster's head does not start")
+                raise RunFailed("hosts: the head node does not start")
         yield names[0], names[1]
     finally:
         if head:
-            kill(handles([*below(head.pid), head.pid]))
+            kill(open_pidfds([*descendants(head.pid), head.pid]))
             head.wait()
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
 def _node(host: str, address: str) -> subprocess.Popen[bytes]:
-    """A node of Ray with one CPU, the cluster's head at _HERE; all of another host ends with the process that is returned."""
+    """Start a Ray node with one CPU: the head at _HERE, else a second host, all of which ends with the returned process."""
     role = ["--head", f"--port={_PORT}"] if address == _HERE else [f"--address={_HERE}:{_PORT}"]
     ray = [_RAY, "start", *role, f"--node-ip-address={address}"]
     ray += ["--num-cpus=1", f"--object-store-memory={100 * 2**20}", "--block"]

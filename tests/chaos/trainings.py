@@ -1,4 +1,4 @@
-"""Trainings whose processes can be hit. Linux: /proc."""
+"""Trainings as processes, the victims of each fault, and the table of outcomes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from statistics import median
 from typing import ClassVar
 
-from lgm_dist.cluster.processes import below
+from lgm_dist.cluster.processes import descendants
 from lgm_dist.console import table
 from lgm_dist.errors import RunFailed
 from lgm_dist.runs.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0
-"""Seconds after which a run that goes on no more counts as lost."""
-HEADER = ("fault", "times tried", "recovered", "seconds to recover", "rows lost or twice", "bits changed")
+"""Seconds without progress after which a run counts as lost."""
+HEADER = ("fault", "times tried", "recovered", "seconds to recover", "rows lost or repeated", "bits changed")
 SMALL = (
     *("--data=glyphs", "--ways=3", "--query=2", "--epochs=1", "--meta-batch=4", "--eval-query=3", "--eval-episodes=20"),
     *("--test-episodes=20", "--model.filters=8", "--model.noise-size=4", "--cpus-per-worker=1", "--wandb=offline"),
@@ -33,26 +33,26 @@ _NAMES = {
     "gcs_server": "/gcs_server ",
     "raylet": "/raylet/raylet ",
 }
-"""What is in the command line of a fault's victims."""
+"""Part of the command line of a fault's victims; of workers for the faults that are not here."""
 
 
 @dataclass
 class Outcome:
-    """A line of the table."""
+    """One row of the table."""
 
     fault: str
     tried: int = 0
     recovered: int = 0
     seconds: list[float] = field(default_factory=list)
     rows: int | None = None
-    """Rows that are missing or twice in metrics.jsonl and, without it, on W&B; None: not a matter of this line."""
+    """Rows that are missing or repeated in metrics.jsonl and on W&B; None if this row does not count them."""
     bits: int | None = None
-    """Bits of weights and optimizer that differ from those of the run that was left alone."""
+    """Bits of the weights and the optimizer that differ from the undisturbed run; None if this row does not count them."""
     note: str = ""
 
 
 class Training:
-    """A scripts/train.py of its own, begun again by the same command when it has been killed."""
+    """A scripts/train.py in a process group of its own, which `start` resumes by the same command."""
 
     _started: ClassVar[list[subprocess.Popen[bytes]]] = []
 
@@ -76,7 +76,7 @@ class Training:
         self.start()
 
     def start(self) -> None:
-        """Runs the command, its output at the end of the log."""
+        """Run the command and append its output to the log."""
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
@@ -85,21 +85,21 @@ class Training:
 
     @classmethod
     def end_all(cls) -> None:
-        """Kills those that still run."""
+        """Kill the trainings that still run."""
         for process in cls._started:
             if process.poll() is None:
                 process.kill()
 
     def step(self) -> int:
-        """Steps in metrics.jsonl so far."""
+        """Return the last step in metrics.jsonl."""
         return newest_step(self.run)
 
     def said(self) -> str:
-        """All output so far."""
+        """Return all output so far."""
         return self._log.read_text()
 
     def until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> float:
-        """Waits; the seconds that it took. Raises RunFailed where the run ends before it or it takes too long."""
+        """Wait for a condition and return the seconds. Raises RunFailed if the run ends first or it takes too long."""
         start = time.monotonic()
         while not condition():
             if self.process.poll() is not None:
@@ -110,27 +110,27 @@ class Training:
         return time.monotonic() - start
 
     def wait(self, status: int = 0) -> None:
-        """To its end. Raises RunFailed where that is not `status`."""
+        """Wait for the end. Raises RunFailed if the exit status is not `status`."""
         if self.process.wait() != status:
             raise RunFailed(f"{self.run.name} ended with status {self.process.returncode}:\n{self.said()[-2000:]}")
 
     def victims(self, fault: str) -> list[int]:
-        """The processes that a fault may hit now."""
+        """Return the processes that a fault may hit now."""
         if fault in ("driver", "SIGTERM to all"):
             return [self.process.pid]
         part = _NAMES.get(fault, "ray::RayTrainWorker")
-        # not the wandb-core that reads offline files for a moment
-        pids = [pid for pid, name in below(self.process.pid).items() if part in name and " leet " not in name]
+        # without the wandb-core that reads offline files for a moment
+        pids = [pid for pid, name in descendants(self.process.pid).items() if part in name and " leet " not in name]
         return [pid for pid in pids if fault != "rank 0" or _holds(pid, self.run / METRICS)]
 
 
 def newest_step(run: Path) -> int:
-    """The last step in a run's metrics.jsonl, 0 without one."""
+    """Return the last step in a run's metrics.jsonl, 0 if there is none."""
     return max((row["step"] for row in read_metrics(run)), default=0)
 
 
 def _holds(pid: int, path: Path) -> bool:
-    """Whether a process has a file open."""
+    """Return True if a process has a file open."""
     try:
         return any(os.path.samefile(link, path) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
     except OSError:
@@ -138,7 +138,10 @@ def _holds(pid: int, path: Path) -> bool:
 
 
 def past_this_step(training: Training) -> Callable[[], bool]:
-    """Whether workers that started after this call have gone further than those before: each start makes metrics.jsonl anew."""
+    """Return a condition: workers that start after this call have passed the step of those before.
+
+    Each start of workers makes metrics.jsonl anew.
+    """
     record, reached = training.run / METRICS, training.step()
     before = record.stat().st_ino
 
@@ -153,7 +156,7 @@ def past_this_step(training: Training) -> Callable[[], bool]:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table."""
+    """Return the outcomes as a Markdown table."""
     lines = []
     for outcome in outcomes:
         seconds = sorted(outcome.seconds)

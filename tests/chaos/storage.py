@@ -12,25 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lgm_dist.chaos.losses import changed_bits, wrong_rows
-from lgm_dist.chaos.trainings import Outcome, Training
+from chaos.losses import changed_bits, wrong_rows
+from chaos.trainings import Outcome, Training
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to the storage of a training after its 250th step, and undone."""
+    """A fault of the storage that begins after step 250 of a training."""
 
     name: str
     begin: Callable[[], Any]
     end: Callable[[], Any]
     lasts: float = 0
-    """Seconds; 0: until the training has ended of itself, which waits for 3 s then and for 60 s else."""
+    """Seconds, fewer than the training waits for the storage. 0: until the training has given up."""
 
 
 def storage(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
-    """Full, unwritable, away for half a minute, and gone: a training that waits, or ends in a sentence and is begun again.
+    """Fill the storage, make it unwritable, or take it away, for a short time or for good.
 
-    In one process and with workers of Ray Train. Needs root, for a small disk of its own.
+    The training waits, or it ends with one sentence and the same command resumes it. This is tried in one process and with
+    Ray Train workers. Needs root, to mount a small disk.
     """
     outcomes = []
     for workers in (0, flags.workers):
@@ -46,7 +47,7 @@ def storage(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
 
 @contextmanager
 def _disk(place: Path) -> Iterator[Path]:
-    """16 MiB of memory, mounted there."""
+    """Mount 16 MiB of memory at `place`."""
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)], check=True)
     try:
@@ -74,7 +75,7 @@ def _faults(disk: Path) -> list[Fault]:
         runs.rename(elsewhere)
 
     def bring() -> None:
-        elsewhere.rename(runs)  # an error where something has been made in its place
+        elsewhere.rename(runs)  # an error if something was made in its place
 
     return [
         Fault("disk full for 10 s", fill, ballast.unlink, 10),
@@ -100,7 +101,7 @@ def _outcome(folder: Path, name: str, runs: Path, how: tuple[str, ...], fault: F
     if not fault.lasts:
         last = training.said().splitlines()[-1]
         assert last.startswith("train.py: "), last
-        outcome.note = "ended in a sentence, then begun again"
+        outcome.note = "ended with one sentence, then resumed"
         training.start()
     training.until(lambda: training.step() > past)
     outcome.seconds.append(time.monotonic() - start)

@@ -1,4 +1,4 @@
-"""Nodes that come and go."""
+"""Faults of a cluster: nodes are added and lost."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lgm_dist.chaos.losses import differing_losses
-from lgm_dist.chaos.trainings import Outcome, Training, newest_step, past_this_step
+from chaos.losses import differing_losses
+from chaos.trainings import Outcome, Training, newest_step, past_this_step
 
 ELASTIC = ("--eval-every=100", "--lr=1e-6", "--lr-min=0", "--wandb=disabled", "--meta-batch=12", "--storage-seconds=5")
-"""Steps so small that rounding, which is another one with each number of workers, does not grow."""
+"""With so small a learning rate the rounding, which depends on the number of workers, does not grow."""
 SETTINGS: dict[str, Any] = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
-    """--workers 1:4 on a cluster of this machine: a node is added, and one that works is removed without warning."""
+    """Train with --workers 1:4 on a cluster on this machine. Add three nodes one by one, then remove a busy one abruptly."""
     from lgm_dist.cluster.connection import prepare_for_ray
 
     prepare_for_ray()
@@ -55,15 +55,15 @@ def elastic(folder: Path, _: argparse.Namespace) -> list[Outcome]:
             training.until(past)
             outcomes.append(Outcome(name, 1, 1, [time.monotonic() - start], note=f"in the log: world size -> {size}"))
         training.process.send_signal(signal.SIGTERM)
-        training.wait(status=1)  # it leaves a checkpoint
+        training.wait(status=1)  # with a checkpoint
     finally:
         training.process.kill()
         cluster.shutdown()
-    return [*outcomes, compared(folder, training, len(changes))]
+    return [*outcomes, compare(folder, training, len(changes))]
 
 
-def compared(folder: Path, training: Training, changes: int) -> Outcome:
-    """A training of ELASTIC that has survived so many changes, against as many steps in one process."""
+def compare(folder: Path, training: Training, changes: int) -> Outcome:
+    """Compare a training with the flags ELASTIC that has survived `changes` with as many steps in one process."""
     steps = newest_step(training.run)
     alone = Training(folder, f"{training.run.name}-alone", *ELASTIC, "--workers=0", f"--steps-per-epoch={steps}")
     alone.wait()
@@ -72,5 +72,5 @@ def compared(folder: Path, training: Training, changes: int) -> Outcome:
 
 
 def world_sizes(training: Training) -> list[int]:
-    """Those that the log says that the run went on with."""
+    """Return the world sizes with which the run went on, from its log."""
     return [int(size) for size in re.findall(r"world size \d+ -> (\d+) from step", training.said())]

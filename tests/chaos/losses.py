@@ -1,4 +1,4 @@
-"""What a disturbed training has lost against one that was left alone."""
+"""What a disturbed training has lost compared with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ CLOCKS = ("seconds", "speed/", "memory/")
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock and the process's memory say."""
+    """Return the rows of metrics.jsonl without times and memory."""
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in read_metrics(run)]
 
 
 def wandb_runs(run: Path) -> set[str]:
-    """The ids of the W&B runs that a run has made, offline."""
+    """Return the ids of the offline W&B runs of a run."""
     return {path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")}
 
 
 def lost_rows(run: Path, alone: Path) -> int:
-    """Rows that are missing, twice or other ones in metrics.jsonl, and missing or twice in W&B's files."""
+    """Count the rows that are missing, repeated or different in metrics.jsonl, and missing or repeated in W&B's files."""
     held = [step for wandb_id in wandb_runs(run) for step in held_steps(run, wandb_id)[0]]
     twice = len(held) - len(set(held))
     return wrong_rows(run, alone) + twice + len({row["step"] for row in rows_of(alone)} ^ set(held))
 
 
 def wrong_rows(run: Path, alone: Path) -> int:
-    """Rows that are missing, twice or other ones in metrics.jsonl."""
+    """Count the rows of metrics.jsonl that are missing, repeated or different."""
     ours, theirs = rows_of(run), rows_of(alone)
     return sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
 
 
 def changed_bits(run: Path, alone: Path) -> int:
-    """Bits of the newest and the best checkpoint's tensors that differ; all of them where a checkpoint is missing."""
+    """Count the bits by which the tensors of the newest and of the best checkpoint differ."""
     return sum(_differing(_tensors(mine(run)), _tensors(mine(alone))) for mine in (checkpoint.newest, checkpoint.best))
 
 
 def _tensors(folder: Path) -> dict[str, bytes]:
     state = torch.load(folder / "state.pt", weights_only=True)
-    found: dict[str, bytes] = {"step": folder.name.encode()}
+    tensors: dict[str, bytes] = {"step": folder.name.encode()}
 
     def collect(name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            found[name] = value.contiguous().numpy().tobytes()
+            tensors[name] = value.contiguous().numpy().tobytes()
         elif isinstance(value, dict | list | tuple):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 collect(f"{name}.{key}", item)
         else:
-            found[name] = repr(value).encode()
+            tensors[name] = repr(value).encode()
 
     collect("", state)
-    return found
+    return tensors
 
 
 def _differing(ours: dict[str, bytes], theirs: dict[str, bytes]) -> int:
@@ -72,7 +72,7 @@ def _differing(ours: dict[str, bytes], theirs: dict[str, bytes]) -> int:
 
 
 def differing_losses(run: Path, alone: Path) -> tuple[int, str]:
-    """Rows of `run` that are missing or twice, and by how much its losses differ from those of `alone`."""
+    """Count the missing and repeated rows of `run`, and say by how much its losses differ from those of `alone`."""
     ours = [(row["step"], row["train/loss"]) for row in rows_of(run)]
     theirs = [(row["step"], row["train/loss"]) for row in rows_of(alone)][: len(ours)]
     missing = len({step for step, _ in ours} ^ {step for step, _ in theirs}) + len(ours) - len(dict(ours))

@@ -1,4 +1,4 @@
-"""Faults of processes: killed, stopped, many at once, begun again with others, growing."""
+"""Faults of processes: killed, stopped, started at once, resumed with other workers, growing."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import time
 from pathlib import Path
 from statistics import median
 
-from lgm_dist.chaos.losses import changed_bits, differing_losses, lost_rows, wandb_runs
-from lgm_dist.chaos.trainings import Outcome, Training, newest_step, past_this_step
-from lgm_dist.cluster.processes import below
+from chaos.losses import changed_bits, differing_losses, lost_rows, wandb_runs
+from chaos.trainings import Outcome, Training, newest_step, past_this_step
+from lgm_dist.cluster.processes import descendants
 
 FAULTS = (
     *("worker", "rank 0", "W&B", "controller", "gcs_server", "raylet", "driver"),  # killed
     *("stopped worker", "stopped controller", "SIGTERM to all"),
 )
 _STATUS = {"driver": -signal.SIGKILL, "SIGTERM to all": 1}
-"""Of a training that a fault ends: the same command goes on from it."""
+"""Exit status of a training that a fault ends. The same command then resumes it."""
 
 
 def kills(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
-    """One training, its processes killed or stopped at random times, each kind flags.kills times."""
+    """Kill or stop the processes of one training at random times, each fault `--rounds` times."""
     workers = (f"--workers={flags.workers}", f"--steps-per-epoch={flags.steps}", f"--eval-every={flags.eval_every}")
     alone = Training(folder, "alone", *workers)
     alone.wait()
-    chance, plan = random.Random(flags.seed), flags.faults * flags.kills
+    chance, plan = random.Random(flags.seed), flags.faults * flags.rounds
     chance.shuffle(plan)
     outcomes = {fault: Outcome(fault) for fault in flags.faults}
     limits = (f"--hang-seconds={flags.hang_seconds}", "--storage-seconds=5", f"--max-failures={len(plan)}")
     training = Training(folder, "disturbed", *workers, *limits)
     for number, fault in enumerate(plan, 1):
-        point = flags.steps * (number - chance.random()) / (len(plan) + 3)  # room for the last to be gone past
+        point = flags.steps * (number - chance.random()) / (len(plan) + 3)  # leaves steps after the last fault
         training.until(lambda point=point: training.step() >= point)  # type: ignore[misc]
         time.sleep(chance.random())
         seconds = _hit(training, fault, chance)
@@ -52,7 +52,7 @@ def kills(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
 
 
 def _hit(training: Training, fault: str, chance: random.Random) -> float:
-    """Does it; the seconds until the training is past the step that it had reached, for W&B until its process is back."""
+    """Cause a fault. Return the seconds until the training passes the step it had reached (W&B: until its process is back)."""
     victims: list[int] = []
     while not victims:
         training.until(lambda: bool(training.victims(fault)))
@@ -71,13 +71,13 @@ def _hit(training: Training, fault: str, chance: random.Random) -> float:
 
 
 def resize(folder: Path, _: argparse.Namespace) -> list[Outcome]:
-    """A driver is killed and the run goes on with another number of workers."""
+    """Kill the driver and resume with another number of workers."""
     flags = ("--steps-per-epoch=300", "--eval-every=50", "--lr=1e-6", "--lr-min=0")
     alone = Training(folder, "one-process", *flags, "--workers=0")
     alone.wait()
     outcomes = []
     for before, after in ((1, 2), (2, 1)):
-        outcome = Outcome(f"driver killed, gone on with {after} for {before} workers", tried=1)
+        outcome = Outcome(f"driver killed, resumed with {after} instead of {before} workers", tried=1)
         training = Training(folder, f"from-{before}-to-{after}", *flags, f"--workers={before}")
         training.until(lambda training=training: training.step() >= 120)  # type: ignore[misc]
         training.process.kill()
@@ -94,7 +94,7 @@ def resize(folder: Path, _: argparse.Namespace) -> list[Outcome]:
 
 
 def finite(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
-    """A learning rate with which the second step's loss is no number: the run ends, and is not tried again."""
+    """Train with a learning rate that makes the second loss infinite or NaN: the run ends and is not tried again."""
     training = Training(folder, "not-finite", f"--workers={flags.workers}", "--lr=1e30", "--steps-per-epoch=50")
     training.wait(status=1)
     last = training.said().splitlines()[-1]
@@ -103,7 +103,7 @@ def finite(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
 
 
 def starts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
-    """Eight trainings are begun at once where neither the data set nor a bank of its images has been made."""
+    """Start eight trainings at once before the data set and its image banks exist."""
     fresh = folder / "starts"
     fresh.mkdir()
     logged = "import logging, runpy, sys; logging.basicConfig(level=logging.INFO); sys.argv = sys.argv[1:]; "
@@ -121,16 +121,17 @@ def starts(folder: Path, _: argparse.Namespace) -> list[Outcome]:
 
 
 def memory(folder: Path, flags: argparse.Namespace) -> list[Outcome]:
-    """Memory of each process over 10,000 steps: the least and the most of the last tenth against those of the second.
+    """Compare the memory of each process in the last tenth of 10,000 steps with that in the second tenth.
 
-    Neither may grow. What lies between, such as the median, depends on whether a buffer was in use when it was looked at.
+    Neither the least nor the most may grow. Values between them, such as the median, depend on which buffers are in use when
+    they are sampled.
     """
     steps = 10_000
     workers = (f"--workers={flags.workers}", f"--steps-per-epoch={steps}", "--eval-every=500")
     training, seen = Training(folder, "long", *workers), dict[tuple[int, str], list[tuple[int, int]]]()
     while training.process.poll() is None:
         step = training.step()
-        for pid, name in ({training.process.pid: "train.py"} | below(training.process.pid)).items():
+        for pid, name in ({training.process.pid: "train.py"} | descendants(training.process.pid)).items():
             with contextlib.suppress(OSError):
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 seen.setdefault((pid, name), []).append((step, pages * os.sysconf("SC_PAGE_SIZE")))

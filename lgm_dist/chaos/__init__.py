@@ -1,1 +1,0 @@
-"""What scripts/chaos.py does to trainings, and what it finds afterwards."""
