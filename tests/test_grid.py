@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from helpers.waiting import LIMIT, wait_for
 from lgm_dist.cli.grid import main
 from lgm_dist.cluster import connection as ray_cluster
 from lgm_dist.cluster import fit as ray_train
-from lgm_dist.config import Config
+from lgm_dist.config import SPLITS, Config
 from lgm_dist.console import run_command
 from lgm_dist.data import open_bank, sample_episodes
 from lgm_dist.errors import RunFailed
@@ -49,6 +48,13 @@ RESULT = {
 }
 """By hand, with step counts added for each cell."""
 FACTS = {"commit": "abc", "device": "cpu", "machine": "some, 2 CPUs"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _decoded(tiny: Path) -> None:
+    """The images are decoded, so that a command does not say that it decodes them."""
+    for split in SPLITS:
+        open_bank(str(tiny), split)
 
 
 def command(tiny: Path, storage: Path, more: str = "", ways: str = "2 3") -> list[str]:
@@ -364,12 +370,12 @@ def test_one_ray_for_all_cells(
     works = ray_train.fit
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(ray_cluster, "connect", connect)
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: events.append("shutdown")))
+    monkeypatch.setattr(ray_cluster, "disconnect", lambda: events.append("disconnect"))
     arguments = command(tiny, tmp_path, "--workers 2 --cpus-per-worker 2")
     with monkeypatch.context() as broken:
         broken.setattr(ray_train, "fit", fit)
         assert run(arguments, broken) == 1
-    end = ["shutdown"] * ours
+    end = ["disconnect"] * ours
     assert events == ["connect 4", "2w1s", "2w2s", *end]  # two workers of 2 threads need more than the 3 CPUs
     for more in (["connect 4", *end], []):  # nothing is left to train the last time
         events.clear()

@@ -20,8 +20,9 @@ from helpers.offline_runs import folders, history, inspect, of_type
 from helpers.waiting import LIMIT, wait_for
 
 from lgm_dist.cli.sweep import main
-from lgm_dist.config import Config
+from lgm_dist.config import SPLITS, Config
 from lgm_dist.console import run_command
+from lgm_dist.data import open_bank
 from lgm_dist.runs.metrics import read_metrics
 from lgm_dist.runs.sweep_folder import Sweep, read_sweep
 
@@ -63,6 +64,13 @@ def sweep(place: Path, data: Path, environment: dict[str, str] | None = None, **
         cwd=place,
         env=os.environ | (environment or {}),
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _decoded(tiny: Path) -> None:
+    """The images are decoded, so that a command does not say that it decodes them."""
+    for split in SPLITS:
+        open_bank(str(tiny), split)
 
 
 @pytest.fixture
