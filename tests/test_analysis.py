@@ -244,9 +244,7 @@ def test_test_is_analysed_where_its_bank_is_given(small: Config, tmp_path: Path)
 
 
 def test_what_is_missing(small: Config, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"has no analysis\.json; scripts/train\.py writes it when the run is finished$"
-    ):
+    with pytest.raises(ValueError, match=r"has no analysis\.json; lgm-dist train writes it at the end of the run$"):
         read_analysis(tmp_path)
     with pytest.raises(ValueError, match="has no checkpoint"):
         analyse(tmp_path, open_bank(small.data.name, "val"))

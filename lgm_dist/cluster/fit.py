@@ -49,10 +49,11 @@ def fit(config: Config, group: str = "") -> Path:
             return run
         for line in describe(job):
             notify(line)
-        with Progress(run, config), Mirror(run, config, group), stop_on_signals(run):
-            if config.run.workers:
-                notify("starting Ray Train")
-            train(job)
+        with Mirror(run, config, group), stop_on_signals(run):
+            with Progress(run, config):
+                if config.run.workers:
+                    notify("starting Ray Train")
+                train(job)
             _check_finished(run)
             draw(job)
     return run
