@@ -11,7 +11,7 @@ import torch
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain
 from lgm_dist.config import Config, Split
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.device import DeviceSampler
+from lgm_dist.data.episodes import EpisodeSampler
 from lgm_dist.model import LGMNet
 from lgm_dist.training.engine import Worker, make_optimizer
 from lgm_dist.training.steps import DeviceSteps, Steps
@@ -70,7 +70,7 @@ def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Steps:
     config = config.replace(precision=precision)
     torch.manual_seed(0)
     model = LGMNet(config.model).train().to(device)
-    sampler = DeviceSampler(bank, config, device)
+    sampler = EpisodeSampler(bank, config, device)
     return DeviceSteps(model, model, make_optimizer(model, config), sampler, Worker(device=device), graph=graph)
 
 

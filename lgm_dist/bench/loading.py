@@ -1,4 +1,4 @@
-"""Episodes from memory, ours and written plainly in numpy; and evaluations, which read most of them."""
+"""Speed of sampling episodes, against plain numpy and other libraries; and of evaluations, which sample most of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.episodes import gather_episodes, load_images, sample_episodes
+from lgm_dist.data.episodes import EpisodeSampler, load_images
 from lgm_dist.model import LGMNet
 from lgm_dist.training.engine import evaluate
 from lgm_dist.training.memory import keep_freed_memory
@@ -25,22 +25,21 @@ HEADER = ("episodes ready for the model", "episodes/s", "to plain numpy")
 
 
 def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] | None = None) -> Section:
-    """5-way 1-shot 15-query episodes a second, sampling and gathering, in one process.
+    """5-way 1-shot 15-query episodes a second, sampled in one process.
 
-    `against` names peers (of PEERS); None: those that are installed. Raises ValueError for one that is not.
+    `against` names peers (of PEERS); None: those that are installed. Raises ValueError for a peer that is not installed.
     """
     peers = {name: PEERS[name](bank) for name in (installed_peers() if against is None else against)}
     torch.set_num_threads(threads)
     keep_freed_memory()
     position = iter(range(0, 1 << 30, EPISODES))
+    sampler, augmented = (EpisodeSampler(bank, config) for config in (CONFIG, CONFIG.replace(augment=True)))
     contenders: dict[str, Callable[[], object]] = {
-        "lgm_dist, uint8": lambda: gather_episodes(bank, CONFIG, "train", next(position), EPISODES),
+        "lgm_dist, uint8": lambda: gather(sampler, bank, next(position)),
         "plain numpy, uint8": lambda: plainly(bank, False),
-        "lgm_dist, normalised float32": lambda: sample_episodes(bank, CONFIG, "train", next(position), EPISODES),
+        "lgm_dist, normalised float32": lambda: sampler(next(position), EPISODES),
         "plain numpy, normalised float32": lambda: plainly(bank, True),
-        "lgm_dist, augmented, normalised": lambda: sample_episodes(
-            bank, CONFIG.replace(augment=True), "train", next(position), EPISODES
-        ),
+        "lgm_dist, augmented, normalised": lambda: augmented(next(position), EPISODES),
     } | {f"{name}, normalised float32": work for name, work in peers.items()}
     found = in_turn({name: _timed(work) for name, work in contenders.items()}, rounds, warmup=3)
     rows = []
@@ -55,12 +54,12 @@ def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] 
 
 
 def installed_peers() -> list[str]:
-    """The peers that can be imported here."""
+    """The peers that are installed."""
     return [name for name in PEERS if importlib.util.find_spec(name)]
 
 
 def _easyfsl(bank: ImageBank) -> Callable[[], object]:
-    """EPISODES episodes of easyfsl's fastest configuration: normalised float tensors in memory, no worker processes."""
+    """EPISODES episodes with the fastest configuration of easyfsl: normalised float tensors in memory, no worker processes."""
     try:
         from easyfsl.datasets import FeaturesDataset
         from easyfsl.samplers import TaskSampler
@@ -71,7 +70,7 @@ def _easyfsl(bank: ImageBank) -> Callable[[], object]:
     labels = np.repeat(np.arange(len(bank.classes)), bank.counts)
     everything = load_images(bank, CONFIG, np.arange(len(bank.images))).contiguous()  # (n, C, H, W)
     dataset = FeaturesDataset(labels.tolist(), everything, list(bank.classes))
-    with mock.patch.object(Sampler, "__init__", return_value=None):  # it hands on an argument that torch has dropped
+    with mock.patch.object(Sampler, "__init__", return_value=None):  # easyfsl passes an argument that torch has dropped
         sampler = TaskSampler(dataset, CONFIG.episodes.ways, CONFIG.episodes.shot, CONFIG.episodes.query, EPISODES)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
     return lambda: list(loader)
@@ -89,12 +88,18 @@ def _timed(work: Callable[[], object]) -> Callable[[], float]:
     return run
 
 
+def gather(sampler: EpisodeSampler, bank: ImageBank, start: int) -> torch.Tensor:
+    """The images of EPISODES episodes as they lie in the bank: (episodes * 80, H, W, C) uint8."""
+    rows = sampler.draw_rows(torch.arange(start, start + EPISODES))[0]  # (episodes, 80)
+    return bank.tensor.index_select(0, rows.flatten())
+
+
 def _rate(seconds: Spread) -> Spread:
     return seconds.each(lambda s: EPISODES / s)
 
 
 def plainly(bank: ImageBank, normalise: bool) -> np.ndarray:
-    """EPISODES episodes as one would write it: (episodes, 80, H, W, C), or (episodes, 80, C, H, W) normalised."""
+    """EPISODES episodes in plain numpy: (episodes, 80, H, W, C), or (episodes, 80, C, H, W) if they are normalised."""
     random, images = np.random.default_rng(0), np.asarray(bank.images)
     mean, std = np.array(bank.mean, np.float32), np.array(bank.std, np.float32)
     found = []
@@ -111,7 +116,7 @@ def plainly(bank: ImageBank, normalise: bool) -> np.ndarray:
 
 
 def evaluation(bank: ImageBank, rounds: int, episodes: int = 2000, threads: int = 2) -> Section:
-    """An evaluation with ten noise draws against one with a single draw; images are embedded once for all draws."""
+    """Time of an evaluation with ten noise draws and with one. Images are embedded once for all draws."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.manual_seed(0)

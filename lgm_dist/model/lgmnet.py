@@ -11,6 +11,8 @@ Shape legend
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,7 +99,8 @@ class LGMNet(nn.Module):
 
     def __init__(self, config: ModelConfig | None = None) -> None:
         super().__init__()
-        self.config = config or ModelConfig()
+        config = config or ModelConfig()
+        self.config = replace(config, channels=config.channels or 3)
         self.extractor = Extractor(self.config)
         self.context_encoder = ContextEncoder(self.config)
         self.generators = nn.ModuleList(WeightGenerator(self.config) for _ in range(2))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lgm_dist.config import Config
 from lgm_dist.data import EpisodeBatch, ImageBank, sample_episodes
-from lgm_dist.data.device import DeviceSampler, Drawn
+from lgm_dist.data.episodes import Drawn, EpisodeSampler
 from lgm_dist.model import LGMNet
 from lgm_dist.training.engine import Worker, apply, gradients, train_step
 
@@ -38,7 +38,7 @@ def make_steps(
     """The fastest steps for this worker. `parallel` is `model` in training mode, or the wrapped one; the state is restored."""
     if not worker.device.startswith("cuda"):
         return HostSteps(parallel, optimizer, bank, config, worker)
-    sampler = DeviceSampler(bank, config, worker.device)
+    sampler = EpisodeSampler(bank, config, worker.device)
     return DeviceSteps(model, parallel, optimizer, sampler, worker, graph=worker.world_size == 1)
 
 
@@ -78,7 +78,7 @@ class DeviceSteps:
         model: LGMNet,
         parallel: nn.Module,
         optimizer: torch.optim.Optimizer,
-        sampler: DeviceSampler,
+        sampler: EpisodeSampler,
         worker: Worker,
         *,
         graph: bool,
@@ -126,8 +126,8 @@ class DeviceSteps:
         return self._sampler.draw((steps[:, None] * self._config.episodes.meta_batch + slices).flatten())
 
     def _made(self) -> EpisodeBatch:
-        drawn = (x.unflatten(0, (AHEAD, self._count)).index_select(0, self._place)[0] for x in self._drawn)
-        return self._sampler.make(Drawn(*drawn))
+        steps = self._drawn.map(lambda x: x.unflatten(0, (AHEAD, self._count)))
+        return self._sampler.make(steps.map(lambda x: x.index_select(0, self._place)[0]))
 
     def _gradients(self) -> Tensor:
         return gradients(self._model, self._made(), self._config, self._weight)
