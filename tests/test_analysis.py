@@ -77,7 +77,7 @@ def test_confusion_against_a_loop_over_episodes(run: Path, found: dict[str, Any]
             log_p = model(batch.support, batch.query, 4, batch.noise if config.episodes.protocol == "paper" else None)[
                 0
             ]  # (T, N)
-        classes, here = batch.rows.classes[0].tolist(), {}
+        classes, here = draw_rows(bank, config, "val", i, 1).classes[0].tolist(), {}
         for label, p in zip(batch.labels[0].tolist(), log_p.tolist(), strict=True):
             true, taken = classes[label], classes[p.index(max(p))]
             confusion[true, taken] += 1
@@ -244,9 +244,7 @@ def test_test_is_analysed_where_its_bank_is_given(small: Config, tmp_path: Path)
 
 
 def test_what_is_missing(small: Config, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"has no analysis\.json; scripts/train\.py writes it when the run is finished$"
-    ):
+    with pytest.raises(ValueError, match=r"has no analysis\.json; lgm-dist train writes it at the end of the run$"):
         read_analysis(tmp_path)
     with pytest.raises(ValueError, match="has no checkpoint"):
         analyse(tmp_path, open_bank(small.data.name, "val"))

@@ -1,4 +1,4 @@
-"""scripts/dashboard.py: what it writes without an account, held against what runs really log, and what it saves with one."""
+"""lgm-dist report: what it writes without an account, compared with what runs really log, and what it saves with one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from fabricated import row, write_run, write_sweep, write_trial
-from test_scripts import script as load
+from helpers.fabricated import row, write_run, write_sweep, write_trial
+from helpers.waiting import LIMIT
 
+from lgm_dist.cli.report import main
 from lgm_dist.config import Config
 from lgm_dist.console import run_command
 
@@ -32,24 +32,19 @@ LOGGED = {*ROWS[-1], *BASE.flat(), "world_size"}
 SUMMARY = {"test/accuracy", "val/accuracy.max"}
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load("dashboard")
-
-
 Dashboard = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def dashboard(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dashboard:
-    """Runs the script; returns its status, standard output and standard error."""
+def dashboard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dashboard:
+    """Runs the command; returns its status, standard output and standard error."""
 
     def run(*arguments: str | Path, **environment: str) -> tuple[int, str, str]:
         monkeypatch.delenv("WANDB_MODE", raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["dashboard.py", *map(str, arguments)])
-        status = run_command(script.main)
+        status = run_command(main)
         return status, *capsys.readouterr()
 
     return run
@@ -171,7 +166,10 @@ def test_disabled_writes_the_page_alone(tmp_path: Path, dashboard: Dashboard) ->
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [([], "paths () must name at least one folder"), (["nowhere"], "nowhere holds no run and no sweep; name a folder")],
+    [
+        ([], "paths () must name at least one folder"),
+        (["nowhere"], "nowhere contains no run and no sweep; name a folder"),
+    ],
 )
 def test_mistakes_end_in_one_sentence(arguments: list[str], sentence: str, dashboard: Dashboard) -> None:
     status, _, error = dashboard(*arguments)
@@ -244,7 +242,7 @@ def test_with_an_account_both_are_saved_and_their_addresses_printed(sweep: Path,
     plain = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     account = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": server}
     command = [sys.executable, SCRIPT, sweep, "--project", "few"]
-    done = subprocess.run(command, env=plain | account, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=plain | account, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     assert f"workspace  {server}/me/few?nw=abc\n" in done.stdout
     assert f"W&B report {server}/me/few/reports/LGM-Net-sweep-norms--Vmlldzox\n" in done.stdout

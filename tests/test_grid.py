@@ -1,36 +1,33 @@
-"""tune/grid.py as a user runs it: what each cell trains on, what the tables say, what a failure, a stop or a kill leaves."""
+"""lgm-dist grid as a user runs it: what each cell trains on, what the tables say, what a failure, stop or kill leaves."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import grid
-import grid_cells
 import numpy as np
 import pytest
+from helpers.waiting import LIMIT, wait_for
 
+from lgm_dist.cli.grid import main
 from lgm_dist.cluster import connection as ray_cluster
 from lgm_dist.cluster import fit as ray_train
-from lgm_dist.config import Config
+from lgm_dist.config import SPLITS, Config
 from lgm_dist.console import run_command
 from lgm_dist.data import open_bank, sample_episodes
 from lgm_dist.errors import RunFailed
 from lgm_dist.runs.checkpoint import best, load_model
 from lgm_dist.runs.folder import read_config
-from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.runs.metrics import MetricsLog, read_metrics
+from lgm_dist.sweeps import grid_cells
 
 ROOT = Path(__file__).parents[1]
 CELLS = ["2w1s", "2w2s", "3w1s", "3w2s"]
@@ -53,13 +50,20 @@ RESULT = {
 FACTS = {"commit": "abc", "device": "cpu", "machine": "some, 2 CPUs"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _decoded(tiny: Path) -> None:
+    """The images are decoded, so that a command does not say that it decodes them."""
+    for split in SPLITS:
+        open_bank(str(tiny), split)
+
+
 def command(tiny: Path, storage: Path, more: str = "", ways: str = "2 3") -> list[str]:
     return f"--ways {ways} --shots 1 2 {SMALL} --data {tiny} --storage {storage} {more}".split()
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["tune/grid.py", *arguments])
-    return run_command(grid.main)
+    return run_command(main)
 
 
 @pytest.fixture
@@ -135,7 +139,7 @@ def test_equal_steps_and_the_cheapest_first(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cell ")]
     shares = ["1.00", "1.33", "1.50", "2.00"]  # 24, 32, 36 and 48 images a step
     assert lines == [
-        f"cell {k} of 4: {name}, 12 steps, {share} times the training images of the first"
+        f"cell {k} of 4: {name}, 12 steps, {share} times the training images of the first cell"
         for k, (name, share) in enumerate(zip(CELLS, shares, strict=True), 1)
     ]
     assert run(command(tiny, tmp_path, "--equal-steps --epochs 2"), monkeypatch) == 0
@@ -161,7 +165,7 @@ def test_formats(fits: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytes
     assert markdown(text)[0][2] == row
     assert "over 20 test and 6 val episodes" in text
     assert "commit abc, cpu (some, 2 CPUs)" in text
-    assert "tune/grid.py --ways 2 3 --shots 1 2" in text
+    assert "lgm-dist grid --ways 2 3 --shots 1 2" in text
     values = rows_of(tmp_path / "table" / "table.csv")[1]
     assert (values["test_accuracy_percent"], values["test_ci95_percent"]) == ("33.38", "0.41")
     assert (values["ways"], values["chance_percent"], values["train_seconds"]) == ("2", "50.0", "960.0")
@@ -250,7 +254,7 @@ def test_a_failed_cell_ends_the_command_with_the_table_of_the_others(
     assert run(command(tiny, tmp_path), monkeypatch) == 0
     assert fits == CELLS
     out = capsys.readouterr().out
-    assert "cell 2 of 4: 2w2s, finished before" in out
+    assert "cell 2 of 4: 2w2s, already finished" in out
     assert "—" not in out
 
 
@@ -261,8 +265,8 @@ def test_a_failed_cell_ends_the_command_with_the_table_of_the_others(
         ("--shots 1 22", "cell 2w22s: shot (22) + eval_query (3) = 25 images a class"),
         ("--ways 1 2", "ways (1) must be at least 2"),
         ("--ways 2 --shots 0", "shot (0) must be a whole number of at least 1"),
-        ("--ways", "ways and shots must each name at least one number"),
-        ("--cross --test-episodes 0", "test_episodes (0) leaves test alone, but --cross evaluates on it"),
+        ("--ways", "ways and shots must each have at least one number"),
+        ("--cross --test-episodes 0", "test_episodes (0) must be at least 2 for --cross, which evaluates on test"),
         ("--lr 0", "lr (0.0) must be positive"),
     ],
 )
@@ -291,7 +295,7 @@ def test_other_settings_and_another_runs_folder_are_refused(
     assert run(command(tiny, tmp_path, "--lr 1e-3"), monkeypatch) == 1
     assert "'2w1s' was started with lr 0.01, not 0.001" in capsys.readouterr().err
     assert run(command(tiny, tmp_path / "table", "--name 2w1s"), monkeypatch) == 1
-    assert "holds a single run" in capsys.readouterr().err
+    assert "is the folder of a single run" in capsys.readouterr().err
     assert (tmp_path / "table" / "table.md").read_text() == before
     assert fits == CELLS
 
@@ -366,12 +370,12 @@ def test_one_ray_for_all_cells(
     works = ray_train.fit
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(ray_cluster, "connect", connect)
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: events.append("shutdown")))
+    monkeypatch.setattr(ray_cluster, "disconnect", lambda: events.append("disconnect"))
     arguments = command(tiny, tmp_path, "--workers 2 --cpus-per-worker 2")
     with monkeypatch.context() as broken:
         broken.setattr(ray_train, "fit", fit)
         assert run(arguments, broken) == 1
-    end = ["shutdown"] * ours
+    end = ["disconnect"] * ours
     assert events == ["connect 4", "2w1s", "2w2s", *end]  # two workers of 2 threads need more than the 3 CPUs
     for more in (["connect 4", *end], []):  # nothing is left to train the last time
         events.clear()
@@ -389,44 +393,55 @@ def test_ctrl_c_while_no_run_listens_for_it(
     monkeypatch.setattr(grid_cells, "cross_evaluate", interrupted)
     assert run(command(tiny, tmp_path, "--cross"), monkeypatch) == 1
     shown = capsys.readouterr()
-    assert shown.err == "grid.py: stopped; the same command goes on\n"
+    assert shown.err == "grid.py: stopped; the same command continues\n"
     assert [row[1] for row in markdown(shown.out)[0][1:]] == ["33.38 ± 0.41 %"] * 4
     assert fits == CELLS
-
-
-def once(ready: Callable[[], bool], then: Callable[[], None]) -> threading.Thread:
-    """Does something as soon as something holds, while the test goes on."""
-
-    def wait() -> None:
-        end = time.monotonic() + 60
-        while not ready() and time.monotonic() < end:
-            time.sleep(0.002)
-        then()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
 
 
 LONG = "--steps-per-epoch 60 --eval-every 10"
 """Cell 2w2s has 6 evaluations, one every round(10 * 1.875) = 19 steps: 114 steps."""
 
 
+def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acts when cell 2w2s has written the row of this step."""
+    write = MetricsLog.write
+
+    def writes(self: MetricsLog, now: int, metrics: dict[str, float]) -> None:
+        write(self, now, metrics)
+        if now == step and "2w2s" in self._file.name:
+            act()
+
+    monkeypatch.setattr(MetricsLog, "write", writes)
+
+
 def test_sigterm_leaves_a_checkpoint_and_the_table(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ray_train, "draw", lambda _: None)
-    run_folder = tmp_path / "table" / "2w2s"
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        once(lambda: len(read_metrics(run_folder)) > 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run(command(tiny, tmp_path, LONG, ways="2"), monkeypatch) == 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert re.search(r"grid.py: cell 2w2s: stopped with a checkpoint of step \d+;", capsys.readouterr().err)
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(command(tiny, tmp_path, LONG, ways="2"), monkeypatch) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert re.search(r"grid.py: cell 2w2s: stopped with a checkpoint of step [23];", capsys.readouterr().err)
     table = markdown((tmp_path / "table" / "table.md").read_text())[0]
     assert "±" in table[1][1]
     assert table[2][1] == "—"
+
+
+WAITS = """
+import sys, time
+from lgm_dist.cli.grid import main
+from lgm_dist.console import run_command
+from lgm_dist.runs.metrics import MetricsLog
+write = MetricsLog.write
+def writes(self, step, metrics):
+    write(self, step, metrics)
+    if step == 26:
+        time.sleep(10**6)
+MetricsLog.write = writes
+sys.exit(run_command(main))
+"""
+"""The command, with a training that waits to be killed after step 26."""
 
 
 def test_a_killed_table_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,13 +449,14 @@ def test_a_killed_table_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeyp
     arguments = command(tiny, tmp_path, LONG, ways="2")
     assert run([*arguments, "--shots", "1"], monkeypatch) == 0
     process = subprocess.Popen(
-        [sys.executable, "tune/grid.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", WAITS, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     first, second = tmp_path / "table" / "2w1s", tmp_path / "table" / "2w2s"
-    once(lambda: len(read_metrics(second)) > 25, process.kill)
-    out, error = process.communicate(timeout=120)
+    wait_for(lambda: len(read_metrics(second)) == 26, "step 26", process)
+    process.kill()
+    out, error = process.communicate(timeout=LIMIT)
     assert process.returncode == -signal.SIGKILL, error
-    assert out.splitlines()[0] == b"cell 1 of 2: 2w1s, finished before"
+    assert out.splitlines()[0] == b"cell 1 of 2: 2w1s, already finished"
     assert out.splitlines()[1].startswith(b"cell 2 of 2: 2w2s, 114 steps, ")
     assert (second / "checkpoints" / "step-00000019").exists()
     assert not (second / "result.json").exists()
@@ -448,7 +464,7 @@ def test_a_killed_table_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeyp
 
     assert run(arguments, monkeypatch) == 0
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
-    whole = ray_train.fit(dataclasses.replace(read_config(second), storage=str(tmp_path / "whole")))
+    whole = ray_train.fit(read_config(second).replace(storage=str(tmp_path / "whole")))
     assert [row["step"] for row in read_metrics(second)] == list(range(1, 115))
     for name in ("train/loss", "optim/grad_norm"):
         assert [row[name] for row in read_metrics(second)] == [row[name] for row in read_metrics(whole)]

@@ -32,9 +32,11 @@ LAYERS = {
 OWNERS = {
     "ray": (
         *("cluster/trainer", "cluster/connection", "cluster/ray_internals", "cluster/rendezvous", "cluster/worker"),
-        "cluster/jobs",
+        *("cluster/jobs", "sweeps"),
     ),
-    "wandb": ("tracking/mirror", "tracking/wandb_process", "tracking/panels"),
+    "optuna": ("sweeps",),
+    "wandb": ("tracking",),
+    "wandb_workspaces": ("tracking/dashboard",),
     "webdataset": ("data/shards",),
     "tyro": ("cli",),
     "torchvision": ("data/sources/fc100",),

@@ -133,6 +133,14 @@ def test_a_gpus_precision_is_refused_on_a_cpu(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("part", ["backbone", "generator", "head"])
+def test_an_unknown_part_is_refused_before_anything_is_made(small: Config, tmp_path: Path, part: str) -> None:
+    model = dataclasses.replace(small.model, **{part: "resnet99"})
+    with pytest.raises(ValueError, match=rf"model\.{part} \('resnet99'\) must be one of "):
+        make_job(small.replace(storage=str(tmp_path), model=model))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_images_of_other_channels_than_the_networks_are_refused(small: Config, tmp_path: Path) -> None:
     model = dataclasses.replace(small.model, channels=1)
     with pytest.raises(

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from head_node import ROOT, Head, free_ports, head_node, listening_sockets, wait_for
-from offline_runs import folders, history, inspect
+from helpers.offline_runs import folders, history, inspect
 
 import lgm_dist
 from lgm_dist.cli.main import main

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pictures
 import pytest
+from helpers.swept import NOISE, add, begin, same, winner_and_second
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
-from swept import NOISE, add, begin, same, winner_and_second
 
 from lgm_dist.config import Config
 from lgm_dist.runs.sweep_folder import read_sweep
+from lgm_dist.sweeps import pictures
 
 
 @pytest.fixture
@@ -51,6 +51,20 @@ def test_pictures_are_files_that_say_when_they_leak(
         with Image.open(path) as image:
             assert image.format == "PNG"
             assert all(300 < side < 3000 for side in image.size)
+
+
+@pytest.mark.parametrize(("evaluated", "failed"), [(0, 0), (0, 1), (1, 0), (2, 1)])
+def test_only_pictures_for_which_there_are_trials_are_drawn(tmp_path: Path, evaluated: int, failed: int) -> None:
+    """How training went needs one evaluated trial, what compares trials needs two."""
+    begin(tmp_path)
+    for accuracy in (0.5, 0.25)[:evaluated]:
+        add(tmp_path, {"lr": 1e-3, "model.norm": "group"}, same(accuracy))
+    for _ in range(failed):
+        add(tmp_path, {"lr": 1e-3, "model.norm": "group"}, status="failed", error="it broke")
+    needed = {"parallel.png": 2, "importance.png": 2, "time.png": 1}
+    paths = pictures.draw(read_sweep(tmp_path))
+    assert paths == [tmp_path / name for name, trials in needed.items() if evaluated >= trials]
+    assert all(path.exists() for path in paths)
 
 
 def test_parallel_coordinates(sweep: Path, figures: dict[str, Figure]) -> None:

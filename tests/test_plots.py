@@ -273,9 +273,7 @@ def test_weights_that_are_not_finite_or_of_one_set_of_classes_say_so(tmp_path: P
 
 def test_the_pictures_of_an_analysis_need_one(tmp_path: Path) -> None:
     for picture in (plots.confusion, plots.weights):
-        with pytest.raises(
-            ValueError, match=r"has no analysis\.json; scripts/train\.py writes it when the run is finished"
-        ):
+        with pytest.raises(ValueError, match=r"has no analysis\.json; lgm-dist train writes it at the end of the run"):
             picture(tmp_path)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranking import Importance, difference, importances, levels, sample_of
-from swept import LR, NOISE, NORM, SCOPE, WEIGHT_DECAY, add, begin, same, winner_and_second
+from helpers.swept import LR, NOISE, NORM, SCOPE, WEIGHT_DECAY, add, begin, same, winner_and_second
 
 from lgm_dist.runs.sweep_folder import read_sweep
+from lgm_dist.sweeps.ranking import Importance, importances, levels, sample_of
 from lgm_dist.training.evaluation import Score
 
 
@@ -24,10 +24,10 @@ def test_difference_is_paired(sweep: Path) -> None:
     """.25 .25 .5 .25 less .5 .25 .75 .5: mean -.1875, s = .125, 1.96 * .125 / sqrt(4) = .1225."""
     winner_and_second(sweep)
     winner, second = read_sweep(sweep).trials
-    assert difference(second, winner) == Score(pytest.approx(-0.1875), pytest.approx(0.1225))
+    assert second.difference(winner) == Score(pytest.approx(-0.1875), pytest.approx(0.1225))
     assert winner.checkpoint
     (winner.checkpoint / "val.npy").unlink()
-    assert difference(second, winner) is None
+    assert read_sweep(sweep).trials[1].difference(winner) is None
 
 
 @pytest.mark.parametrize(("best", "lr"), [(10, 1e-3), (20, 0.02), (30, 0.02), (40, 5e-5)])
@@ -57,6 +57,24 @@ def test_thirds_of_a_uniform_range(tmp_path: Path) -> None:
     assert found == [("0 to 0.1", 2), ("0.1 to 0.2", 1), ("0.2 to 0.3", 1)]
 
 
+def test_mean_and_interval_of_each_value(sweep: Path) -> None:
+    """50 % and 30 %: mean 40 %, s = 14.142, 1.96 * 14.142 / sqrt(2) = 19.6. A third of the range of lr is 2/3 of a decade."""
+    add(sweep, {"lr": 3e-4, "model.norm": "batch", "model.norm_scope": "global"}, same(0.5))
+    add(sweep, {"lr": 5e-3, "model.norm": "batch", "model.norm_scope": "global"}, same(0.3))
+    add(sweep, {"lr": 1e-4, "model.norm": "group"}, same(0.25))
+    by_setting = levels(read_sweep(sweep))
+    batch, group = by_setting["model.norm"]
+    assert (batch.name, group.name) == ("batch", "group")
+    assert batch.score == Score(pytest.approx(40), pytest.approx(19.6))
+    assert (group.score, list(group.accuracies)) == (None, [25])
+    used, unused = by_setting["model.norm_scope"]
+    assert (used.name, used.score, unused.name, len(unused.accuracies)) == ("global", batch.score, "episode", 0)
+    low, middle, high = by_setting["lr"]
+    assert [low.name, middle.name, high.name] == ["0.0001 to 0.000464", "0.000464 to 0.00215", "0.00215 to 0.01"]
+    assert low.score == Score(pytest.approx(37.5), pytest.approx(24.5))
+    assert ([*middle.accuracies], [*high.accuracies]) == ([], pytest.approx([30]))
+
+
 # Importance
 
 
@@ -69,7 +87,7 @@ def factorial(sweep: Path, accuracy: Callable[[float, str], float], repeats: int
     return {found.path: found for found in importances(read_sweep(sweep))}
 
 
-def test_what_decides_everything_is_above_what_does_nothing(tmp_path: Path) -> None:
+def test_a_setting_that_decides_everything_comes_before_one_that_does_nothing(tmp_path: Path) -> None:
     found = factorial(tmp_path, lambda _, noise: 0.5 if noise == "mean" else 0.3)
     assert list(found) == ["noise", "lr"]
     assert found["noise"].share > 0.98
@@ -88,7 +106,7 @@ def test_shares_are_those_of_the_analysis_of_variance(tmp_path: Path) -> None:
     assert 0 < found["lr"].spread < 0.1
 
 
-def test_conditional_parameters_are_judged_by_the_trials_that_have_them(sweep: Path) -> None:
+def test_conditional_settings_are_judged_by_the_trials_that_have_them(sweep: Path) -> None:
     """norm_scope decides among the trials of batch, whose mean is that of the trials of group."""
     begin(sweep, model__norm=NORM, model__norm_scope=SCOPE, noise=NOISE)
     for noise, scope in itertools.product(("sample", "mean"), ("global", "episode") * 3):

@@ -1,15 +1,16 @@
-"""scripts/wandb_replay.py: what W&B lacks of runs and sweeps is sent, nothing twice; and scripts/evaluate.py's flag --wandb."""
+"""lgm-dist replay: what W&B lacks of runs and sweeps is sent, nothing twice; and the flag --wandb of lgm-dist evaluate."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fabricated import row, write_run, write_sweep, write_trial
-from offline_runs import folders, history, inspect, of_type
+from helpers.fabricated import row, write_run, write_sweep, write_trial
+from helpers.mirrored import isolate
+from helpers.offline_runs import folders, history, inspect, of_type
+from helpers.waiting import LIMIT
 
 from lgm_dist.config import Config
 from lgm_dist.tracking.mirror import Mirror
@@ -21,16 +22,12 @@ CONFIG = Config.of(name="a-run")
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No W&B variable of the caller's, no login, and W&B's caches elsewhere."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path_factory.mktemp("wandb")))
-    monkeypatch.setenv("NETRC", str(tmp_path_factory.mktemp("home") / "netrc"))
+    isolate(monkeypatch, tmp_path_factory)
 
 
 def script(name: str, *argv: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "scripts" / name, *argv]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
 
 
 def steps(run: Path) -> list[list[int]]:
@@ -48,12 +45,12 @@ def test_what_is_missing_is_sent_and_nothing_twice(tmp_path: Path) -> None:
     assert steps(run) == [[1, 2, 3]]
 
     done = script("wandb_replay.py", run)
-    assert (done.returncode, done.stdout) == (0, f"{run}: 4 rows logged, 3 already there\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{run}: 4 rows sent, 3 already there\n"), done.stderr
     assert steps(run) == [[1, 2, 3], [4, 5, 6, 7]]
     assert [line for folder in folders(run) for line in history(inspect(folder))] == whole
 
     again = script("wandb_replay.py", "--wandb", "offline", run)
-    assert (again.returncode, again.stdout) == (0, f"{run}: 0 rows logged, 7 already there\n")
+    assert (again.returncode, again.stdout) == (0, f"{run}: 0 rows sent, 7 already there\n")
     assert len(folders(run)) == 2, "and no empty one"
 
 
@@ -65,7 +62,7 @@ def test_a_sweep_stands_for_its_trials(tmp_path: Path) -> None:
     ]
     write_trial(sweep, 2, CONFIG, [], {}, status="failed")
     done = script("wandb_replay.py", sweep)
-    lines = [f"{trials[0]}: 2 rows logged, 0 already there\n", f"{trials[1]}: 3 rows logged, 0 already there\n"]
+    lines = [f"{trials[0]}: 2 rows sent, 0 already there\n", f"{trials[1]}: 3 rows sent, 0 already there\n"]
     assert (done.returncode, done.stdout) == (0, "".join(lines)), done.stderr
     assert [steps(run) for run in trials] == [[[1, 2]], [[1, 2, 3]]]
     for number, run in enumerate(trials):
@@ -79,7 +76,7 @@ def test_nothing_is_sent_where_one_folder_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = script("wandb_replay.py", run, tmp_path / "empty")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"wandb_replay.py: {tmp_path / 'empty'} is no run (")
+    assert done.stderr.startswith(f"wandb_replay.py: {tmp_path / 'empty'} does not hold a run (")
     assert done.stderr.count("\n") == 1
     assert folders(run) == []
 
@@ -97,7 +94,7 @@ def test_disabled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     done = script("wandb_replay.py", write_run(tmp_path / "run", CONFIG, [row(1)]))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "wandb_replay.py: WANDB_MODE (disabled) leaves nowhere to send to; give --wandb online or --wandb offline\n"
+        "wandb_replay.py: WANDB_MODE (disabled) turns W&B off; give --wandb online or --wandb offline\n"
     )
 
 
@@ -105,11 +102,11 @@ def test_a_failure_is_said_and_ends_with_status_1(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, CONFIG, [row(1)]) for name in ("first", "second")]
     with Mirror(runs[0], CONFIG.replace(wandb="offline")):  # the first is being sent by this process
         done = script("wandb_replay.py", *runs)
-    assert (done.returncode, done.stdout) == (1, f"{runs[1]}: 1 rows logged, 0 already there\n")
+    assert (done.returncode, done.stdout) == (1, f"{runs[1]}: 1 rows sent, 0 already there\n")
     assert done.stderr.splitlines()[-1] == (
-        "wandb_replay.py: 1 of 2 runs are not whole on W&B; the same command goes on"
+        "wandb_replay.py: 1 of 2 runs are incomplete on W&B; the same command sends the rest"
     )
-    assert f"W&B does not hold all of {runs[0]} (RuntimeError: another process is sending it)" in done.stderr
+    assert f"W&B does not have all of {runs[0]} (RuntimeError: another process is sending it)" in done.stderr
 
 
 def test_evaluate_is_a_run_of_its_own(tmp_path: Path, small: Config) -> None:

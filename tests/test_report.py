@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fabricated import FACTS, PNG, row, write_run, write_sweep, write_trial
+from helpers.fabricated import FACTS, PNG, row, write_run, write_state, write_sweep, write_trial
 from PIL import Image
 
 from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config, ModelConfig
 from lgm_dist.report import write_report
 from lgm_dist.report.charts import Line, chart, thin
+from lgm_dist.runs.checkpoint_files import TrainState
 from lgm_dist.runs.folder import read_result
 from lgm_dist.runs.job import make_job
 from lgm_dist.runs.metrics import read_metrics
@@ -85,7 +86,7 @@ def curve(best: float = 0.3, ci95: float = 0.01) -> list[dict[str, Any]]:
 def sweep(tmp_path: Path) -> Path:
     """Trials 0 to 2, worst to best, on four val episodes, and trial 3, which has failed."""
     folder = write_sweep(
-        tmp_path / "sweep", {"name": "norms", "space": "normalization", "command": "tune/sweep.py --samples 4"}
+        tmp_path / "sweep", {"name": "norms", "space": "normalization", "command": "lgm-dist sweep --samples 4"}
     )
     base = BASE.replace(test_episodes=0)
     write_trial(
@@ -135,7 +136,7 @@ def test_headline_of_runs(tmp_path: Path) -> None:
             "5.0 min",
             "0123456789",
         ),
-        ("b", "standard", *at, "not touched", "29.99 ± 1.20 %", "3,000 episodes", "5.0 min", "0123456789"),
+        ("b", "standard", *at, "not evaluated", "29.99 ± 1.20 %", "3,000 episodes", "5.0 min", "0123456789"),
         (
             "c",
             "standard",
@@ -207,32 +208,31 @@ def test_val_accuracy_is_drawn_with_its_interval_and_chance(tmp_path: Path) -> N
 
 def test_leaderboard_with_paired_differences(sweep: Path, tmp_path: Path) -> None:
     page = Page(write_report([sweep], tmp_path))
-    names = ("trial", "status", "val accuracy", "minus the first's", "model.norm", "lr", "best at step", "remark")
+    names = ("trial", "status", "val accuracy", "minus the first", "model.norm", "lr", "best at step", "remark")
     # differences to trial 2: -0.1 -0.2 0 -0.1 (mean -0.1, std 0.08165) and -0.1 -0.4 -0.2 -0.3 (mean -0.25, std 0.12910)
     assert columns(page.tables["Trials of norms"], *names) == [
-        ("trial-002", "finished", "50.00 ± 1.00 %", "—", "batch", "0.002", "200", "took over trial 1 at step 100"),
+        ("trial-002", "finished", "50.00 ± 1.00 %", "—", "batch", "0.002", "200", "exploited trial 1 at step 100"),
         ("trial-001", "finished", "40.00 ± 1.00 %", f"{MINUS}10.00 ± 8.00", "batch", "0.001", "200", ""),
         ("trial-000", "stopped", "25.00 ± 1.00 %", f"{MINUS}25.00 ± 12.65", "group", "0.01", "200", ""),
         ("trial-003", "failed", "—", "—", "layer", "0.1", "—", "RuntimeError: no memory; not evaluated yet"),
     ]
     assert "1 stopped, 2 finished, 1 failed" in page.text
-    assert page.text.count("trial-002 won") == 1
-    assert "tune/sweep.py --samples 4" in page.text
+    assert page.text.count("winnertrial-002") == 1, "the first of the key figures"
+    assert "lgm-dist sweep --samples 4" in page.text
 
 
 def test_a_trial_without_its_checkpoint_has_no_difference(sweep: Path, tmp_path: Path) -> None:
     shutil.rmtree(sweep / "trials/trial-001/checkpoints")
     page = Page(write_report([sweep], tmp_path))
-    assert columns(page.tables["Trials of norms"], "val accuracy", "minus the first's")[1] == ("40.00 ± 1.00 %", "—")
+    assert columns(page.tables["Trials of norms"], "val accuracy", "minus the first")[1] == ("40.00 ± 1.00 %", "—")
 
 
 def test_a_trial_counts_by_the_checkpoint_that_it_has(sweep: Path, tmp_path: Path) -> None:
     """Trial 1 had 40 % at step 200, then took over another's checkpoint and was left with that of step 300."""
     checkpoints = sweep / "trials/trial-001/checkpoints"
-    state = json.loads((checkpoints / "step-00000200/state.json").read_text())
-    (checkpoints / "step-00000200").rename(checkpoints / "step-00000300")
-    state["state"] = {"step": 300, "val_accuracy": 0.38, "val_ci95": 0.01}
-    (checkpoints / "step-00000300/state.json").write_text(json.dumps(state))
+    folder = (checkpoints / "step-00000200").rename(checkpoints / "step-00000300")
+    (folder / "state.json").unlink()
+    write_state(folder, TrainState(300, 0.38, 0.01), BASE)
     board = Page(write_report([sweep], tmp_path)).tables["Trials of norms"]
     assert columns(board, "trial", "val accuracy", "best at step")[1] == ("trial-001", "38.00 ± 1.00 %", "300")
 
@@ -267,7 +267,7 @@ def test_the_winners_test_accuracy_is_only_that_trials(sweep: Path, tmp_path: Pa
         ("norms: trial-002 (winner)", "33.38 ± 0.41 % (n = 2,000)")
     ]
     (sweep / "winner.json").write_text(json.dumps(TESTED | {"trial": 1}))  # from before trial 2 came first
-    assert columns(Page(write_report([sweep], tmp_path)).tables["Runs"], "test accuracy") == [("not touched",)]
+    assert columns(Page(write_report([sweep], tmp_path)).tables["Runs"], "test accuracy") == [("not evaluated",)]
 
 
 def test_ways_and_shots(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_ways_and_shots(tmp_path: Path) -> None:
     config = BASE.replace(name="late", ways=20, shot=5)
     write_run(tmp_path / "late", config, curve(0.15))
     page = Page(write_report([tmp_path], tmp_path / "out"))
-    assert page.tables["Ways and shots, each network evaluated where it was trained"] == [
+    assert page.tables["Ways and shots, each network evaluated as it was trained"] == [
         ["", "1-shot", "5-shot"],
         ["5-way", "33.00 ± 1.00 % test, r5-1", "41.00 ± 1.00 % test, r5-5"],
         ["20-way", "12.00 ± 1.00 % test, r20-1", "15.00 ± 1.00 % val, late"],
@@ -302,7 +302,7 @@ def test_ways_and_shots_of_training_at_one_target(tmp_path: Path) -> None:
         config = BASE.replace(ways=ways, shot=shot, eval_ways=5, eval_shot=1, test_episodes=0)
         write_trial(folder, number, config, curve(best), {"ways": ways, "shot": shot})
     assert Page(write_report([folder], tmp_path)).tables[
-        "Ways and shots of training, all evaluated at 5-way 1-shot"
+        "Ways and shots of training, all evaluated on 5-way 1-shot"
     ] == [
         ["", "1-shot", "5-shot"],
         ["5-way", "30.00 ± 1.00 % val, trial-000", "—"],
@@ -347,7 +347,7 @@ def test_normalisation_of_runs_on_the_same_episodes(tmp_path: Path) -> None:
         write_run(tmp_path / name, config, curve(best))
     write_run(tmp_path / "d", BASE.replace(name="d", eval_ways=20, model=ModelConfig(norm="layer")), curve(0.1))
     page = Page(write_report([tmp_path], tmp_path / "out"))
-    assert page.tables["Normalisation, runs evaluated at 5-way 1-shot (standard)"][1:] == [
+    assert page.tables["Normalisation, runs evaluated on 5-way 1-shot (standard)"][1:] == [
         ["model.norm", "batch", "2", "32.00 ± 1.96 %", "33.00 %"],
         ["", "group", "1", "25.00 %", "25.00 %"],
     ]
@@ -454,7 +454,7 @@ def test_damage_costs_what_is_damaged_and_no_more(place: int, name: str, sweep: 
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("config.json", "a is no run (config.json"),
+        ("config.json", "a does not hold a run (config.json"),
         ("facts.json", "facts.json is damaged"),
         ("result.json", "result.json is damaged"),
         ("metrics.jsonl", "is damaged at line 1"),
@@ -470,7 +470,7 @@ def test_damage_is_named(name: str, line: str, tmp_path: Path) -> None:
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="holds no run and no sweep; name a folder"):
+        with pytest.raises(ValueError, match="contains no run and no sweep; name a folder"):
             write_report([path], tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_tracking import drive
+from helpers.mirrored import drive
 
 from lgm_dist.cluster.fit import train
 from lgm_dist.config import Config
@@ -42,6 +42,6 @@ def test_a_finished_run_holds_no_key(
 def test_a_server_that_is_gone_is_told_of_without_the_key(tmp_path: Path) -> None:
     gone = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "1"}
     done = drive(tmp_path, 3, "online", **gone)
-    assert "W&B does not hold all of" in done.stderr
+    assert "W&B does not have all of" in done.stderr
     assert KEY not in done.stdout + done.stderr
     assert holding(tmp_path, KEY) == []

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from spaces import (
+
+from lgm_dist.config import Config
+from lgm_dist.sweeps.spaces import (
     NORMALIZATION,
     SPACES,
     Choice,
     LogUniform,
     Space,
     Uniform,
+    all_samples,
     apply,
     budgeted,
     check_space,
     describe,
     evaluations_of,
-    grid,
     images_per_step,
     load_space,
     random_samples,
     read_space,
     without_worker_scope,
 )
-
-from lgm_dist.config import Config
 
 BASE = Config.of(meta_batch=8)
 
@@ -52,13 +53,13 @@ def test_the_full_space_is_the_others_together() -> None:
     assert SPACES["full"].keys() == {path for name in ("ways_shots", "optim", "normalization") for path in SPACES[name]}
 
 
-def test_a_parameter_is_there_only_where_its_condition_holds() -> None:
+def test_a_setting_is_drawn_only_if_its_condition_holds() -> None:
     for sample in random_samples(SPACES["full"], 100, seed=1):
         assert ("model.norm_scope" in sample) == ("model.norm_decay" in sample) == (sample["model.norm"] == "batch")
         assert ("lr_decay_steps" in sample) == (sample["lr_decay"] != 1.0)
 
 
-def test_random_samples_differ_are_a_function_of_the_seed_and_end_where_the_space_does() -> None:
+def test_random_samples_differ_and_are_a_function_of_the_seed_and_end_with_the_space() -> None:
     space: Space = {"noise": Choice(("sample", "mean")), "ways": Choice((5, 10))}
     samples = random_samples(space, 100, seed=3)
     assert len(samples) == 4
@@ -77,24 +78,24 @@ def test_a_log_uniform_parameter_is_uniform_in_its_logarithm() -> None:
 
 def test_grid_is_every_combination_that_means_something() -> None:
     """Batch norm: 3 scopes x 2 decays; three other norms; each x 2 weight norms x 2 noises: (6 + 3) * 4."""
-    assert len(grid(NORMALIZATION)) == 36
-    samples = grid(without_worker_scope(NORMALIZATION, workers=1))
+    assert len(all_samples(NORMALIZATION)) == 36
+    samples = all_samples(without_worker_scope(NORMALIZATION, workers=1))
     assert len(samples) == 28
     assert len({json.dumps(sample) for sample in samples}) == 28
-    assert len(grid(without_worker_scope(NORMALIZATION, workers=2))) == 36
+    assert len(all_samples(without_worker_scope(NORMALIZATION, workers=2))) == 36
     with pytest.raises(ValueError, match="space key 'lr' has infinitely many values; use --search random or tpe"):
-        grid(SPACES["optim"])
+        all_samples(SPACES["optim"])
 
 
 @pytest.mark.parametrize(
     ("space", "sentence"),
     [
-        ({"model.nrom": Choice((1,))}, "space key 'model.nrom' is no config path; did you mean model.norm?"),
+        ({"model.nrom": Choice((1,))}, "space key 'model.nrom' is not a setting; did you mean model.norm?"),
         (
             {"weight_norm": Choice((True,))},
-            "space key 'weight_norm' is no config path; did you mean model.weight_norm?",
+            "space key 'weight_norm' is not a setting; did you mean model.weight_norm?",
         ),
-        ({"model": Choice((1,))}, "space key 'model' is no config path"),
+        ({"model": Choice((1,))}, "space key 'model' is not a setting"),
         ({"lr": Choice((-1.0,))}, "space key 'lr': lr (-1.0) must be positive; the paper's is 1e-3"),
         ({"lr": Choice(("big",))}, "space key 'lr': lr ('big') must be of type float"),
         ({"ways": Uniform(2, 5)}, "space key 'ways': ways (2.0) must be of type int"),
@@ -105,19 +106,19 @@ def test_grid_is_every_combination_that_means_something() -> None:
         ({"lr": LogUniform(1e-2, 1e-4)}, "space key 'lr': low (0.01) must be below high (0.0001)"),
         (
             {"weight_decay": LogUniform(0, 1e-2)},
-            "space key 'weight_decay': low (0) must be below high (0.01), and a log",
+            "space key 'weight_decay': low (0) must be below high (0.01), and above 0 for LogUniform",
         ),
-        ({"ways": Choice(())}, "space key 'ways': a Choice needs values, each once, not ()"),
-        ({"ways": Choice((5, 5))}, "space key 'ways': a Choice needs values, each once, not (5, 5)"),
+        ({"ways": Choice(())}, "space key 'ways': a Choice needs at least one value and none twice, not ()"),
+        ({"ways": Choice((5, 5))}, "space key 'ways': a Choice needs at least one value and none twice, not (5, 5)"),
         ({"eval_ways": Choice((5,))}, "space key 'eval_ways' cannot be searched over: give --target-ways"),
-        ({"name": Choice(("a",))}, "space key 'name' cannot be searched over: it is the sweep's own"),
+        ({"name": Choice(("a",))}, "space key 'name' cannot be searched over: it belongs to the sweep"),
         (
             {"model.norm_decay": Choice((0.9,), when={"model.norm": ("batch",)})},
-            "space key 'model.norm_decay': its condition on 'model.norm' must name values of a Choice that stands before",
+            "space key 'model.norm_decay': its condition on 'model.norm' must name values of a Choice that comes before",
         ),
         (
             {"noise": Choice(("mean",)), "lr": Choice((0.1,), when={"noise": ("sample",)})},
-            "space key 'lr': its condition on 'noise' must name values of a Choice that stands before it",
+            "space key 'lr': its condition on 'noise' must name values of a Choice that comes before it",
         ),
     ],
 )
@@ -147,14 +148,14 @@ def test_a_value_is_checked_under_its_condition() -> None:
 
 def test_a_users_own_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    path.write_text("from spaces import Choice\nSPACE = {'ways': Choice((5, 10))}\n")
+    path.write_text("from lgm_dist.sweeps.spaces import Choice\nSPACE = {'ways': Choice((5, 10))}\n")
     assert load_space(str(path)) == {"ways": Choice((5, 10))}
     for text, sentence in [
         ("", "has no attribute 'SPACE'"),
         ("SPACE = {", "was never closed"),
         ("import nothing_there", "No module named"),
-        ("SPACE = {'ways': (5, 10)}", "SPACE must be a dictionary of dotted path to Choice, Uniform or LogUniform"),
-        ("SPACE = {}", "SPACE must be a dictionary"),
+        ("SPACE = {'ways': (5, 10)}", "SPACE has the wrong type; define a dictionary of setting to Choice, Uniform or"),
+        ("SPACE = {}", "SPACE has the wrong type"),
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence) as error:
@@ -193,3 +194,13 @@ def test_a_budget_too_small_for_a_step_is_one_step_an_evaluation() -> None:
 def test_a_space_survives_json(name: str) -> None:
     described: dict[str, Any] = json.loads(json.dumps(describe(SPACES[name])))
     assert read_space(described) == SPACES[name]
+
+
+def test_the_spaces_of_the_editable_file_are_the_built_in_ones_and_the_command_takes_them() -> None:
+    """tune/spaces.py as it is shipped; a space that is added there is known to tune/sweep.py."""
+    folder = Path(__file__).parents[1] / "tune"
+    edited = runpy.run_path(str(folder / "spaces.py"))["SPACES"]
+    assert edited == SPACES
+    assert edited is not SPACES, "editing it leaves the built-in ones alone"
+    with pytest.raises(ValueError, match=r"must be one of mine, or a Python file"):
+        load_space("optim", {"mine": {"ways": Choice((5, 10))}})

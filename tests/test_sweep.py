@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from offline_runs import folders, history, inspect, of_type
+from helpers.offline_runs import folders, history, inspect, of_type
+from helpers.waiting import LIMIT, wait_for
 
-from lgm_dist.config import Config
+from lgm_dist.cli.sweep import main
+from lgm_dist.config import SPLITS, Config
+from lgm_dist.console import run_command
+from lgm_dist.data import open_bank
 from lgm_dist.runs.metrics import read_metrics
-from lgm_dist.runs.sweep_folder import read_sweep
+from lgm_dist.runs.sweep_folder import Sweep, read_sweep
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 240
-"""Seconds after which a sweep counts as hung."""
 SMALL = {
     "ways": 3,
     "query": 2,
@@ -41,14 +44,18 @@ SMALL = {
 }
 
 
-def command(place: Path, **flags: Any) -> list[str]:
+def words_of(place: Path, **flags: Any) -> list[str]:
+    """Flags as words; the storage is `place`."""
     words = [f"--{name}={value}" for name, value in ({"storage": place} | flags).items() if value is not True]
-    words += [f"--{name}" for name, value in flags.items() if value is True]
-    return [sys.executable, str(ROOT / "tune/sweep.py"), *words]
+    return words + [f"--{name}" for name, value in flags.items() if value is True]
+
+
+def command(place: Path, **flags: Any) -> list[str]:
+    return [sys.executable, str(ROOT / "tune/sweep.py"), *words_of(place, **flags)]
 
 
 def sweep(place: Path, data: Path, environment: dict[str, str] | None = None, **flags: Any) -> Any:
-    """Runs a small sweep to its end; returns the finished process."""
+    """Runs a small sweep to its end in a process of its own; returns the finished process."""
     return subprocess.run(
         command(place, **(SMALL | {"data": data} | flags)),
         capture_output=True,
@@ -59,21 +66,28 @@ def sweep(place: Path, data: Path, environment: dict[str, str] | None = None, **
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _decoded(tiny: Path) -> None:
+    """The images are decoded, so that a command does not say that it decodes them."""
+    for split in SPLITS:
+        open_bank(str(tiny), split)
+
+
 @pytest.fixture
 def space(tmp_path: Path) -> Path:
     """Four combinations."""
     path = tmp_path / "four.py"
     path.write_text(
-        "from spaces import Choice\n"
+        "from lgm_dist.sweeps.spaces import Choice\n"
         "SPACE = {'model.weight_norm': Choice((True, False)), 'noise': Choice(('sample', 'mean'))}\n"
     )
     return path
 
 
 def on_wandb(run: Path) -> tuple[list[int], list[dict[str, Any]]]:
-    """The steps of all rows that W&B's offline files of a run hold, and what each start called itself.
+    """The steps of all rows in W&B's offline files of a run, and the run record of each start.
 
-    Of a start that was killed within its first 32 KiB the file holds nothing.
+    The file of a start that was killed within its first 32 KiB has no record.
     """
     records = [inspect(folder) for folder in folders(run)]
     steps = [row["step"] for part in records for row in history(part)]
@@ -87,6 +101,24 @@ def steps_of(run: Path) -> list[int]:
 # Refused before Ray starts
 
 
+@pytest.fixture
+def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process, with a cluster that does not exist; returns the one sentence of its error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+
+    def run(**flags: Any) -> str:
+        words = words_of(tmp_path, **(SMALL | {"data": tiny} | flags))
+        monkeypatch.setattr(sys, "argv", ["tune/sweep.py", *words])
+        assert run_command(main) == 1
+        out, error = capsys.readouterr()
+        assert error.startswith("sweep.py: ")
+        assert (out, error.count("\n")) == ("", 1), error
+        return error.removeprefix("sweep.py: ").removesuffix("\n")
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -95,12 +127,13 @@ def steps_of(run: Path) -> list[int]:
         ({"target-shot": 22}, "shot (22) + eval_query (3) = 25 images a class, but class 'val0' of split val"),
         ({"space": "ways_shots"}, "10 ways need 10 classes, split train of 'tiny' has 6"),
         ({"scheduler": "pbt", "search": "tpe"}, "search (tpe) cannot be used with pbt"),
-        ({"scheduler": "pbt", "space": "optim"}, "space key 'meta_batch' makes steps unlike, but pbt compares trials"),
+        ({"scheduler": "pbt", "space": "optim"}, "space key 'meta_batch' changes the work of a step, but pbt compares"),
         ({"search": "grid", "space": "optim"}, "space key 'lr' has infinitely many values"),
         ({"samples": 0}, "samples (0) must be at least 1"),
-        ({"workers": "1:2"}, "workers (1:2) of a trial must be one number"),
+        ({"max-concurrent": -1}, "max_concurrent (-1) must be at least 0"),
+        ({"workers": "1:2"}, "workers (1:2) must be one number; trials are not elastic"),
         ({"lr": 0}, "lr (0.0) must be positive"),
-        ({"resume": True}, "holds no sweep (sweep.json is missing)"),
+        ({"resume": True}, "is not a sweep (sweep.json is missing)"),
         (
             {"storage": "/proc/nowhere"},
             "storage (/proc/nowhere) cannot be written (No such file or directory); name another",
@@ -108,30 +141,27 @@ def steps_of(run: Path) -> list[int]:
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    flags: dict[str, Any], sentence: str, tiny: Path, tmp_path: Path
+    flags: dict[str, Any], sentence: str, refused: Any, tmp_path: Path
 ) -> None:
-    done = sweep(tmp_path, tiny, {"RAY_ADDRESS": "127.0.0.1:1"}, **flags)
-    assert done.returncode == 1
-    assert done.stderr.startswith("sweep.py: ")
-    assert sentence in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    assert sentence in refused(**flags)
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_keys_of_a_users_space_are_named(tiny: Path, tmp_path: Path) -> None:
+def test_wrong_keys_of_a_users_space_are_named(refused: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    path.write_text("from spaces import Choice\nSPACE = {'model.nrom': Choice(('batch',))}\n")
-    done = sweep(tmp_path, tiny, space=path)
-    assert done.returncode == 1
-    assert done.stderr == "sweep.py: space key 'model.nrom' is no config path; did you mean model.norm?\n"
+    path.write_text("from lgm_dist.sweeps.spaces import Choice\nSPACE = {'model.nrom': Choice(('batch',))}\n")
+    assert refused(space=path) == "space key 'model.nrom' is not a setting; did you mean model.norm?"
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence_and_the_sweep_can_be_resumed(tiny: Path, tmp_path: Path) -> None:
+    """tune/sweep.py as a user runs it, with a space of tune/spaces.py."""
     done = sweep(tmp_path, tiny, {"RAY_ADDRESS": "127.0.0.1:1"}, space="normalization")
     assert done.returncode == 1
     assert "RAY_ADDRESS (127.0.0.1:1): no Ray cluster answers there" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert read_sweep(tmp_path / "sweep").spec["samples"] == 8
+    spec = read_sweep(tmp_path / "sweep").spec
+    assert (spec["samples"], len(spec["drawn"])) == (8, 8)
+    assert spec["command"].startswith("lgm-dist sweep --storage=")
     again = sweep(tmp_path, tiny, {"RAY_ADDRESS": "127.0.0.1:1"}, space="normalization")
     assert "sweep 'sweep' exists" in again.stderr
 
@@ -141,79 +171,37 @@ def test_a_cluster_that_is_not_there_is_one_sentence_and_the_sweep_can_be_resume
 
 @pytest.mark.ray
 class TestRealSweeps:
-    def test_random_search_compares_all_on_the_target_and_the_winner_alone_on_test(
-        self, tiny: Path, space: Path, tmp_path: Path
-    ) -> None:
-        done = sweep(tmp_path, tiny, {"WANDB_MODE": "offline"}, space=space, samples=3)
-        assert done.returncode == 0, done.stderr
-        found = read_sweep(tmp_path / "sweep")
-        assert [trial.status for trial in found.trials] == ["finished"] * 3
-        assert [trial.sample for trial in found.trials] == found.spec["drawn"]
-        for trial in found.trials:
-            config = Config.from_dict(json.loads((trial.run / "config.json").read_text()))
-            assert (
-                config.episodes.ways,
-                config.episodes.shot,
-                config.episodes.eval_ways,
-                config.episodes.eval_shot,
-            ) == (3, 1, 4, 2)
-            assert config.model.weight_norm == trial.sample["model.weight_norm"]
-            assert config.episodes.noise == trial.sample["noise"]
-            assert steps_of(trial.run) == list(range(1, 13))
-            accuracies = trial.accuracies()
-            assert accuracies is not None
-            assert len(accuracies) == 20
-            assert trial.best is not None
-            assert accuracies.mean() == pytest.approx(trial.best["val/accuracy"])
-            hits = accuracies * 4 * 3
-            assert hits == pytest.approx(hits.round()), "a 4-way episode has 12 queries"
-            assert not (trial.run / "result.json").exists() or "test/accuracy" not in json.loads(
-                (trial.run / "result.json").read_text()
-            )
-        winner = json.loads((tmp_path / "sweep/winner.json").read_text())
-        best = max(found.trials, key=lambda trial: (trial.best or {})["val/accuracy"])
-        assert (winner["trial"], winner["sample"]) == (best.number, best.sample)
-        assert winner["test/episodes"] == 30
-        assert f"winner: trial {best.number}" in done.stdout
-        with (tmp_path / "sweep/results.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert {int(row["trial"]) for row in rows} == {0, 1, 2}
-        self._wandb_holds_every_row_once(tmp_path / "sweep")
-        self._best_is_trained_by_the_train_script(tmp_path, best.sample)
-
-    def _wandb_holds_every_row_once(self, folder: Path) -> None:
-        ids = set()
-        for trial in read_sweep(folder).trials:
-            steps, (run,) = on_wandb(trial.run)
-            assert steps == steps_of(trial.run)
-            assert (run["run_group"], run["job_type"], run["display_name"]) == ("sweep", "trial", trial.run.name)
-            ids.add(run["run_id"])
-        assert len(ids) == 3
-
-    def _best_is_trained_by_the_train_script(self, storage: Path, sample: dict[str, Any]) -> None:
-        script = [sys.executable, str(ROOT / "scripts/train.py"), f"--config={storage / 'sweep/best.json'}"]
-        done = subprocess.run(
-            [*script, "--workers=0", "--steps-per-epoch=4"], capture_output=True, text=True, timeout=LIMIT, cwd=storage
-        )
-        assert done.returncode == 0, done.stderr
-        config = json.loads((storage / "sweep-best/config.json").read_text())
-        assert config["noise"] == sample["noise"]
-        assert config["model"]["weight_norm"] == sample["model.weight_norm"]
-
     def test_trials_of_two_workers_take_turns_and_one_that_is_stopped_frees_its_cores(
-        self, tiny: Path, space: Path, tmp_path: Path
+        self, tiny: Path, tmp_path: Path
     ) -> None:
-        """Else two trials wait for each other's cores, or the next for a placement group that nobody frees: LIMIT."""
-        flags = {"steps-per-epoch": 32, "eval-every": 8, "workers": 2}
-        done = sweep(tmp_path, tiny, space=space, samples=3, scheduler="asha", **flags)
+        """Otherwise two trials wait for each other's cores, or the third for those of the second: LIMIT.
+
+        The second trial hardly learns. At its first evaluation it is worse than the first trial and is stopped, with 768 of its
+        1,024 small steps to do: as many images as in the 32 steps of the first trial.
+        """
+        path = tmp_path / "sizes.py"
+        path.write_text(
+            "from lgm_dist.sweeps.spaces import Choice\n"
+            "small = Choice((1e-6,), when={'meta_batch': (2,)})\n"
+            "SPACE = {'meta_batch': Choice((64, 2, 32)), 'lr': small}\n"
+        )
+        flags = {
+            "meta-batch": 64,
+            "steps-per-epoch": 32,
+            "eval-every": 8,
+            "lr": 0.01,
+            "model.norm-decay": 0.5,
+            "workers": 2,
+        }
+        done = sweep(tmp_path, tiny, space=path, search="grid", scheduler="asha", **flags)
         assert done.returncode == 0, done.stderr
-        trials = read_sweep(tmp_path / "sweep").trials
-        assert len(trials) == 3
-        assert all(trial.status in ("finished", "stopped") for trial in trials)
-        for trial in trials:
+        first, second, third = read_sweep(tmp_path / "sweep").trials
+        assert (first.status, second.status) == ("finished", "stopped")
+        assert third.status in ("finished", "stopped")
+        for trial, whole in ((first, 32), (second, 1024), (third, 64)):
             steps = steps_of(trial.run)
             assert steps == list(range(1, len(steps) + 1))
-            assert (steps[-1] == 32) == (trial.status == "finished")
+            assert (steps[-1] == whole) == (trial.status == "finished")
             assert json.loads((trial.run / "facts.json").read_text())["world_size"] == 2
 
     def test_a_population_takes_over_weights_and_settings(self, tiny: Path, space: Path, tmp_path: Path) -> None:
@@ -232,14 +220,14 @@ class TestRealSweeps:
         for trial in trials.values():
             assert trial.status == "finished"
             assert steps_of(trial.run) == list(range(1, 41)), "one history, whatever was taken over"
-            sample = (trial.exploits or [{"sample": trial.sample}])[-1]["sample"]
+            sample = trial.sample_at()
             config = Config.from_dict(json.loads((trial.run / "config.json").read_text()))
             assert (config.optim.lr, config.optim.weight_decay) == (sample["lr"], sample["weight_decay"])
             rates = {row["step"]: row["optim/lr"] for row in trial.rows}
             assert rates[40] == pytest.approx(sample["lr"]), "training went on with it"
         assert not list(tmp_path.glob("sweep/trials/*/exploitable"))
 
-    def test_a_killed_trial_is_retried_and_a_stopped_or_killed_driver_resumed_with_every_history_whole(
+    def test_a_killed_trial_is_retried_and_a_stopped_or_killed_driver_resumed_to_the_same_end(
         self, tiny: Path, space: Path, tmp_path: Path
     ) -> None:
         """SIGTERM goes to the whole process group, as `timeout`, systemd and Slurm send it."""
@@ -250,20 +238,19 @@ class TestRealSweeps:
         outputs: dict[str, Any] = {"stderr": log, "stdout": log, "cwd": tmp_path, "env": environment}
         driver = subprocess.Popen(command(tmp_path, **flags), start_new_session=True, **outputs)
         first = folder / "trials/trial-000"
-        _wait_for(lambda: len(read_metrics(first)) > 60, driver)
+        wait_for(lambda: len(read_metrics(first)) > 60, "the first trial trains", driver)
         os.killpg(driver.pid, signal.SIGTERM)
         assert driver.wait(LIMIT) == 1
-        words = f"--storage {tmp_path} --name sweep --resume"
-        sentence = f"sweep.py: stopped with 0 of 4 trials at their end; `tune/sweep.py {words}` goes on\n"
-        assert (tmp_path / "log").read_text().endswith(sentence)
+        again = re.escape(f"`lgm-dist sweep --storage {tmp_path} --name sweep --resume`")
+        last = (tmp_path / "log").read_text().splitlines()[-1]
+        assert re.fullmatch(rf"sweep\.py: stopped with [0-3] of 4 trials ended; resume with {again}", last), last
         assert not (folder / "winner.json").exists(), "test is for the winner of all trials"
 
         driver = subprocess.Popen(command(tmp_path, name="sweep", resume=True), **outputs)
-        _wait_for(lambda: len(read_metrics(first)) > 100, driver)
-        os.kill(_process_of(first), signal.SIGKILL)
-        _wait_for(lambda: len(steps_of(first)) == 240, driver)
-        assert steps_of(first) == list(range(1, 241)), "retried from its checkpoint"
-        _wait_for(lambda: len(read_metrics(folder / "trials/trial-002")) > 60, driver)
+        wait_for(lambda: _kill_a_trial(folder), "a trial is killed", driver)
+        wait_for(lambda: len(steps_of(first)) == 240, "the first trial is at its end", driver)
+        assert steps_of(first) == list(range(1, 241))
+        wait_for(lambda: len(read_metrics(folder / "trials/trial-002")) > 60, "the third trial trains", driver)
         driver.kill()
         driver.wait()
         before = (first / "metrics.jsonl").read_bytes()
@@ -276,33 +263,87 @@ class TestRealSweeps:
             env=environment,
         )
         assert done.returncode == 0, done.stderr
-        found = read_sweep(folder)
-        assert [trial.status for trial in found.trials] == ["finished"] * 4
-        for trial in found.trials:
-            assert steps_of(trial.run) == list(range(1, 241))
-            steps, starts = on_wandb(trial.run)
-            assert steps == list(range(1, 241)), "W&B too: none missing, none twice"
-            assert len({start["run_id"] for start in starts}) == 1
         assert (first / "metrics.jsonl").read_bytes() == before, "what was finished is not touched"
+        found = read_sweep(folder)
+        _check_trials(found, 240)
+        _check_wandb(found, 240)
+        _check_results(found, done.stdout)
+        _check_best(tmp_path, found)
 
 
-def _wait_for(condition: Any, driver: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert driver.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < end, "the sweep hangs"
-        time.sleep(0.05)
+def _check_trials(found: Sweep, steps: int) -> None:
+    """Every trial has its own settings and one whole history, and was compared on the target, never on test."""
+    assert [trial.status for trial in found.trials] == ["finished"] * 4
+    assert [trial.sample for trial in found.trials] == found.spec["drawn"]
+    for trial in found.trials:
+        config = Config.from_dict(json.loads((trial.run / "config.json").read_text()))
+        e = config.episodes
+        assert (e.ways, e.shot, e.eval_ways, e.eval_shot) == (3, 1, 4, 2)
+        assert config.model.weight_norm == trial.sample["model.weight_norm"]
+        assert config.episodes.noise == trial.sample["noise"]
+        assert steps_of(trial.run) == list(range(1, steps + 1))
+        accuracies = trial.accuracies()
+        assert accuracies is not None
+        assert len(accuracies) == 20
+        assert trial.best is not None
+        assert accuracies.mean() == pytest.approx(trial.best.val_accuracy)
+        hits = accuracies * 4 * 3
+        assert hits == pytest.approx(hits.round()), "a 4-way episode has 12 queries"
+        assert "test/accuracy" not in json.loads((trial.run / "result.json").read_text())
 
 
-def _process_of(run: Path) -> int:
-    """The process that holds a trial's lock."""
-    for folder in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            if any(os.readlink(link) == str(run / ".lock") for link in folder.iterdir()):
-                return int(folder.parent.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no process trains {run}")
+def _check_wandb(found: Sweep, steps: int) -> None:
+    """W&B has a run for each trial, with every row once."""
+    ids = set()
+    for trial in found.trials:
+        logged, starts = on_wandb(trial.run)
+        assert logged == list(range(1, steps + 1)), "none missing, none twice"
+        assert len({start["run_id"] for start in starts}) == 1
+        for run in starts:
+            assert (run["run_group"], run["job_type"], run["display_name"]) == ("sweep", "trial", trial.run.name)
+        ids.add(starts[0]["run_id"])
+    assert len(ids) == 4
+
+
+def _check_results(found: Sweep, printed: str) -> None:
+    """The winner alone was evaluated on test, and the leaderboard and the table have every trial."""
+    best = max(found.trials, key=lambda trial: trial.best.val_accuracy if trial.best else -1)
+    assert (found.winner["trial"], found.winner["sample"]) == (best.number, best.sample)
+    assert found.winner["test/episodes"] == 30
+    assert f"winner: trial {best.number}, test accuracy" in printed
+    rows = [line for line in printed.splitlines() if re.match(r"\| trial-\d", line)]
+    assert len(rows) == 4
+    assert rows[0].startswith(f"| trial-{best.number:03d} | finished |")
+    with (found.folder / "results.csv").open() as file:
+        assert {int(row["trial"]) for row in csv.DictReader(file)} == {0, 1, 2, 3}
+    written = [Path(line.strip()) for line in printed.splitlines() if line.startswith("  /")]
+    names = ["best.json", "winner.json", "results.csv", "parallel.png", "importance.png", "time.png", "report.html"]
+    assert [path.name for path in written] == names
+    assert all(path.exists() for path in written)
+
+
+def _check_best(storage: Path, found: Sweep) -> None:
+    """best.json trains the winner's settings as an ordinary run."""
+    script = [sys.executable, str(ROOT / "scripts/train.py"), f"--config={storage / 'sweep/best.json'}"]
+    done = subprocess.run(
+        [*script, "--workers=0", "--steps-per-epoch=4"], capture_output=True, text=True, timeout=LIMIT, cwd=storage
+    )
+    assert done.returncode == 0, done.stderr
+    config = Config.from_dict(json.loads((storage / "sweep-best/config.json").read_text()))
+    sample = found.ranked[0].sample
+    assert config.episodes.noise == sample["noise"]
+    assert config.model.weight_norm == sample["model.weight_norm"]
+
+
+def _kill_a_trial(folder: Path) -> bool:
+    """Kill the process of a trial that trains, if there is one now."""
+    for links in Path("/proc").glob("[0-9]*/fd"):
+        with contextlib.suppress(OSError):  # processes come and go
+            held = {Path(os.readlink(link)) for link in links.iterdir()}
+            if any(path.match(f"{folder}/trials/*/.lock") and len(read_metrics(path.parent)) > 100 for path in held):
+                os.kill(int(links.parent.name), signal.SIGKILL)
+                return True
+    return False
 
 
 # A full disk

@@ -195,6 +195,23 @@ def ray_head() -> Iterator[None]:
     disconnect()
 
 
+TWO_WORKERS = {"workers": 2, "cpus_per_worker": 1, "steps_per_epoch": 4, "lr": 1e-6, "lr_min": 0.0}
+
+
+@pytest.fixture(scope="module")
+def without_private_names(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of two workers' training if Ray had none of the names in ray_internals: it would not call the overrides."""
+    from lgm_dist.cluster import ray_internals  # here, because it loads Ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        overrides = [name for name in vars(ray_internals.LeanTrainer) if name.startswith("_") and name[1] != "_"]
+        assert overrides
+        for name in overrides:
+            patch.delattr(ray_internals.LeanTrainer, name)
+        patch.setattr(ray_internals, "FixedScalingPolicy", object)
+        return history(fit(config(tiny, tmp_path_factory.mktemp("public"), **TWO_WORKERS)))
+
+
 @contextmanager
 def listening_workers() -> Iterator[set[tuple[str, int]]]:
     """Collect the sockets on which Ray Train workers listen meanwhile. Ray's other processes listen before they train."""
@@ -259,10 +276,22 @@ class TestUnderRay:
         assert 10 <= len(rows) < 4000
         assert list(digests(tmp_path / "run")) == [f"step-{len(rows):08d}"]
 
-    def test_workers_are_replaced_if_one_dies_in_the_rendezvous(
-        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_two_workers_need_no_private_name_of_ray(
+        self, without_private_names: list[dict[str, Any]], tiny: Path, tmp_path: Path
     ) -> None:
-        """The other worker waits for it in the rendezvous."""
+        alone = history(fit(config(tiny, tmp_path, steps_per_epoch=4, lr=1e-6, lr_min=0.0)))
+        assert [row["step"] for row in without_private_names] == [1, 2, 3, 4]
+        for ours, theirs in zip(without_private_names, alone, strict=True):
+            assert abs(ours["train/loss"] - theirs["train/loss"]) <= 1e-5
+
+    def test_workers_are_replaced_if_one_dies_in_the_rendezvous(
+        self,
+        without_private_names: list[dict[str, Any]],
+        tiny: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The other worker waits for it in the rendezvous. The run has the bits of the one without private names."""
         from lgm_dist.cluster import trainer, worker  # here, because they load Ray
 
         died = tmp_path / "died"
@@ -277,9 +306,9 @@ class TestUnderRay:
             return worker.run_worker(job_values)
 
         monkeypatch.setattr(trainer, "run_worker", run_worker)
-        run = fit(config(tiny, tmp_path, workers=2, cpus_per_worker=1, steps_per_epoch=4))
+        run = fit(config(tiny, tmp_path, **TWO_WORKERS))
         assert died.exists()
-        assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
+        assert history(run) == without_private_names
 
     def test_killed_and_hung_workers_are_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
         long = config(tiny, tmp_path, workers=1, cpus_per_worker=1, steps_per_epoch=60, eval_every=10)

@@ -1,12 +1,12 @@
-"""1, 2 and 4 workers, real processes with gloo, take the same training steps and evaluate the same network.
+"""1, 2 and 4 workers in real processes with gloo take the same training steps and evaluate the same network.
 
 Measured with the paper's network on `tiny` (5 ways, 1 shot, 3 queries, meta-batch 8, 20 steps), 2 and 4 workers against 1:
-in float64 at a learning rate of 1e-3 the losses differ by at most 1.6e-14; in float32 at 1e-6 by 2.4e-7, two units in the
-last place. In float32 at 1e-3 the first three differ by 3.6e-7 and the worst of twenty by 1e-2: Adam divides each gradient
-by its own size, also one that is mostly rounding, so that the first steps write the rounding into the weights, and ReLU
-and max-pooling choose differently after it. That is no matter of the workers: a single worker with one thread and with two
-part by 5e-7 in the first three steps and 9e-3 in twenty. So float64 shows here that the sums are the same ones, and
-float32 at a small learning rate that they are as good as float32 can be.
+in float64 at a learning rate of 1e-3 the losses differ by at most 1.6e-14. In float32 at 1e-6 they differ by 2.4e-7, two
+units in the last place. In float32 at 1e-3 the first three differ by 3.6e-7 and the worst of twenty by 1e-2: Adam divides
+each gradient by its own size, even if that is mostly rounding, so the first steps write the rounding into the weights, after
+which ReLU and max-pooling choose differently. The number of workers is not the reason: a single worker with one thread and
+with two differs by 5e-7 in the first three steps and by 9e-3 in twenty. So the test in float64 shows that the sums are the
+same, and the test in float32 at a small learning rate that they are as precise as float32 allows.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from lgm_dist.training.worker import Worker
 
 STEPS, UNEVEN_STEPS, EVAL_EPISODES = 20, 3, 30
 WORLD_SIZES = (1, 2, 4)
-SCOPES = {"global": STEPS, "worker": 3, "episode": 3}  # and the steps that are taken with each in float32
+SCOPES = {"global": STEPS, "worker": 3, "episode": 3}
+"""The steps that are taken in float32, by norm_scope."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Of one worker."""
+    """The training of one worker."""
 
     losses: list[float]
     state: dict[str, Tensor]
@@ -45,14 +46,14 @@ class Outcome:
 
     float64: Run
     uneven: Run
-    """Likewise in float64, of a meta-batch of 5 episodes, which 2 and 4 workers cannot share out evenly."""
+    """In float64, with a meta-batch of 5 episodes, which 2 and 4 workers cannot divide evenly."""
     float32: dict[str, Run]
-    """By norm_scope, at a small learning rate."""
+    """At a small learning rate, by norm_scope."""
     accuracies: dict[str, list[float]]
 
 
 def work(worker: Worker, config: Config, weights: Path) -> dict[str, Any]:
-    """Everything that the tests look at, so that each number of workers is started once."""
+    """Everything that the tests compare, so that each number of workers is started once."""
     exact = train(worker, config, torch.float64, STEPS)
     if worker.world_size == 1:
         torch.save(exact[1], weights)
@@ -65,7 +66,7 @@ def work(worker: Worker, config: Config, weights: Path) -> dict[str, Any]:
 
 
 def accuracies(worker: Worker, config: Config, weights: Path) -> dict[str, list[float]]:
-    """Accuracy of every val episode of the trained network, by protocol and method."""
+    """The accuracy of the trained network in every val episode, by protocol and method."""
     model = build_network(config, worker)
     model.load_state_dict(torch.load(weights))
     bank, found = open_bank(config.data.name, "val", config.data.cache), {}
@@ -78,7 +79,7 @@ def accuracies(worker: Worker, config: Config, weights: Path) -> dict[str, list[
 
 @pytest.fixture(scope="module")
 def outcomes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Outcome]]:
-    """By number of workers, what each of them saw."""
+    """What each worker saw, by the number of workers."""
     folder = tmp_path_factory.mktemp("workers")
     small = ModelConfig(filters=8, noise_size=4)
     config = Config.of(ways=5, shot=1, query=3, eval_query=5, meta_batch=8, data=str(tiny), model=small)
@@ -105,14 +106,14 @@ def furthest(ours: list[float], expected: list[float]) -> float:
 def test_losses_in_float64(outcomes: dict[int, list[Outcome]], workers: int) -> None:
     alone = outcomes[1][0].float64.losses
     assert len(alone) == STEPS
-    assert alone[-1] < alone[0] - 0.05  # these are steps that learn, not steps that stand still
+    assert alone[-1] < alone[0] - 0.05  # the steps learn
     assert furthest(outcomes[workers][0].float64.losses, alone) < 1e-9
 
 
 @pytest.mark.parametrize("workers", WORLD_SIZES[1:])
 def test_weights_in_float64(outcomes: dict[int, list[Outcome]], workers: int) -> None:
-    """Bound 1e-8, where a step is up to 1e-3. The most, 2e-11, is met in biases before a normalisation: their gradient is
-    truly 0, and its rounding of about 1e-16 over Adam's epsilon of 7e-8 to 3e-7 makes steps of up to 1e-12."""
+    """The bound is 1e-8; a step is up to 1e-3. The largest difference, 2e-11, is in biases before a normalisation: their true
+    gradient is 0, and its rounding of about 1e-16 over Adam's epsilon of 7e-8 to 3e-7 makes steps of up to 1e-12."""
     alone, together = (outcomes[size][0].float64.state for size in (1, workers))
     assert alone.keys() == together.keys()
     for name, value in together.items():
@@ -121,7 +122,7 @@ def test_weights_in_float64(outcomes: dict[int, list[Outcome]], workers: int) ->
 
 @pytest.mark.parametrize("workers", WORLD_SIZES[1:])
 def test_slices_of_unequal_size_in_float64(outcomes: dict[int, list[Outcome]], workers: int) -> None:
-    """Bounds as above: weighted by their sizes, the slices make the same steps as the whole meta-batch."""
+    """Weighted by their sizes, the slices make the same steps as the whole meta-batch. The bounds are those above."""
     alone, together = (outcomes[size][0].uneven for size in (1, workers))
     assert len(alone.losses) == UNEVEN_STEPS
     assert furthest(together.losses, alone.losses) < 1e-9
@@ -151,7 +152,7 @@ def test_every_worker_holds_the_same_bits(outcomes: dict[int, list[Outcome]], sc
 def test_scopes_differ_between_numbers_of_workers_as_they_should(
     outcomes: dict[int, list[Outcome]], workers: int
 ) -> None:
-    """Statistics of the slice are those of fewer images with every worker more; the other two know no slices."""
+    """With scope "worker", the statistics are over a slice, which shrinks with the number of workers."""
     ours, alone = (outcomes[size][0].float32 for size in (workers, 1))
     difference = {scope: abs(ours[scope].losses[0] - alone[scope].losses[0]) for scope in SCOPES}
     assert difference["global"] < 1e-6
@@ -166,6 +167,6 @@ def test_evaluation_gives_every_episode_the_same_accuracy(outcomes: dict[int, li
     assert len(alone) == 5  # mean noise; single draw, vote and mean probability; the paper's single draw
     for method, values in alone.items():
         assert len(values) == EVAL_EPISODES, method
-        assert len(set(values)) > 1, method  # something to tell apart
+        assert len(set(values)) > 1, method  # equal accuracies could not differ between workers
     for outcome in outcomes[workers]:
         assert outcome.accuracies == alone

@@ -16,12 +16,16 @@ from lgm_dist.training.episodes_task import Episodes
 from lgm_dist.training.step import EagerStep, make_step
 from lgm_dist.training.worker import Worker
 
-WAYS: dict[str, tuple[str, bool]] = {
-    f"{precision}{', CUDA graph' if graph else ''}": (precision, graph)
-    for graph in (False, True)
+WAYS: dict[str, tuple[str, bool, str]] = {
+    f"{precision}{name}": (precision, graph, kernels)
+    for name, graph, kernels in (
+        ("", False, "auto"),
+        (", CUDA graph", True, "auto"),
+        (", CUDA graph, plain operations", True, "reference"),
+    )
     for precision in ("float32", "tf32", "bf16")
 }
-"""The precision, and whether a step is a CUDA graph as in training with one worker."""
+"""The precision, whether a step is a CUDA graph as in training with one worker, and model.kernels."""
 PAPERS_STEPS = Config().episodes.steps
 STEPS = 50
 
@@ -66,8 +70,8 @@ def gpu(
 
 def stepper(way: str, bank: ImageBank, config: Config, device: str) -> Callable[[int], object]:
     """A function that takes the step of this number, of a network with weights of its own."""
-    precision, graph = WAYS[way]
-    config = config.replace(precision=precision)
+    precision, graph, kernels = WAYS[way]
+    config = config.replace(precision=precision, **{"model.kernels": kernels})
     torch.manual_seed(0)
     model = LGMNet(config.model).train().to(device)
     task = Episodes(config, {"train": bank}, Worker(device=device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -120,7 +121,7 @@ def _as_config(group: str, flags: Any) -> Any:
 def _description(cls: type[Flags]) -> str:
     """What the command does, and the options that a newcomer needs first."""
     names = [f"--{name.replace('_', '-')}" for name, place in SETTINGS.items() if place.field.metadata["basic"]]
-    return f"{cls.__doc__}\n\nLook at these first: --preset, {', '.join(names)}."
+    return f"{inspect.getdoc(cls)}\n\nLook at these first: --preset, {', '.join(names)}."
 
 
 def _preset(name: str) -> Config:

@@ -1,33 +1,32 @@
-"""What a trained network confuses, and what weights it generates: analysis.json in a run's folder.
+"""What a trained network confuses, and which weights it generates: analysis.json in a run's folder.
 
     {"split": "val", "step": 300, "protocol": "standard", "episodes": 600, "ways": 5, "shot": 1, "chance": 0.2,
-     "accuracy": 0.33, "ci95": 0.004,                over episodes, as `evaluate` has them
-     "classes": [name, …], "groups": [superclass or "", …],                                        C of each
-     "confusion": [[count, …], …],                   C x C: queries of class i that were taken for class j
-     "met": [[count, …], …],                         C x C: queries of class i in episodes that held class j too
+     "accuracy": 0.33, "ci95": 0.004,                over episodes, the same as `evaluate` gives
+     "classes": [name, …], "groups": [superclass or "", …],                                        C each
+     "confusion": [[count, …], …],                   C x C: queries of class i that were predicted as class j
+     "met": [[count, …], …],                         C x C: queries of class i in episodes with class j
      "per_class": [{"class", "group", "accuracy", "ci95", "queries", "episodes"}, …],              C
      "weights": {
-        "tasks": [[class name, …], …],               sets of classes: W of at most TASKS
-        "supports": 20,                              support sets of each: R
-        "task_of": [number in tasks, …], "noise": ["mean" or "drawn", …], "xy": [[x, y], …],       2 * W * R of each
-        "silhouette": 0.4, "silhouette_drawn": 0.1,  of the weights themselves by task, not of xy; noise at its mean, drawn
-        "shuffled_mean": -0.02, "shuffled_highest": 0.01,     of `silhouette` with the tasks shuffled SHUFFLES times
-        "variation": 0.1,                            distance of the weights from their mean (root mean square) / its norm
+        "tasks": [[class name, …], …],               sets of classes: W, at most TASKS
+        "supports": 20,                              support sets of each set of classes: R
+        "task_of": [index in tasks, …], "noise": ["mean" or "drawn", …], "xy": [[x, y], …],        2 * W * R each
+        "silhouette": 0.4, "silhouette_drawn": 0.1,  of the weights (not of xy) by task, with mean noise and drawn noise
+        "shuffled_mean": -0.02, "shuffled_highest": 0.01,     of `silhouette`, with the tasks shuffled SHUFFLES times
+        "variation": 0.1,                            root mean square distance of the weights from their mean / its norm
         "histogram": {"layer1": {"edges": [101 numbers], "counts": [100], "drawn": [100]}, "layer2": …}}}
 
 Accuracies lie in 0 to 1. An accuracy is null for a class that was never asked, its interval and a silhouette where there
 are too few to tell, and "weights" if the network has no generator or its weights are not finite. A class i is taken for class j
 only where they met, so confusion / met is the rate to look at; chance is the same for all pairs.
 
-The weights are the figure of the paper's claim that its network maps training data to functional weights (Li et al., ICML
-2019, abstract; its experiments show that on synthetic data): support sets of the same classes should give like weights. The
-authors' code has no such figure, so how it is made here is our own. A task is the set of classes of one of the first
-episodes of the split; its support sets share no image, so that likeness is one of classes, not of images.
+The weights illustrate the paper's claim that its network maps training data to functional weights (Li et al., ICML 2019,
+abstract; its experiments show that on synthetic data): support sets of the same classes should give similar weights. The
+authors' code has no such figure, so this one is our own. A task is the set of classes of one of the first episodes of the
+split. Its support sets share no image, so that similar weights come from the classes, not from the images.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,14 @@ from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_noise, draw_rows
 from lgm_dist.model import LGMNet
 from lgm_dist.runs import checkpoint
+from lgm_dist.runs.files import read_json, write_json
 from lgm_dist.training.arithmetic import arithmetic
 from lgm_dist.training.evaluation import Score, embed_images, predictions, protocol_draws
 from lgm_dist.training.worker import Worker
 
 ANALYSIS = "analysis.json"
 TASKS, SUPPORTS = 10, 20
-"""Sets of classes, and support sets of each at most, whose generated weights are compared."""
+"""Largest number of sets of classes, and of support sets of each, whose generated weights are compared."""
 SHUFFLES, BINS = 99, 100
 
 Floats = npt.NDArray[np.float32]
@@ -55,14 +55,14 @@ Counts = npt.NDArray[np.int64]
 
 @arithmetic()
 def analyse(run: Path, bank: ImageBank) -> dict[str, Any]:
-    """Analyses the run's checkpoint that was best on val, on the bank's split; writes and returns analysis.json.
+    """Analyse the run's checkpoint with the best val accuracy on the split of `bank`; write and return analysis.json.
 
-    The episodes are those of an evaluation while training: the first eval_episodes episodes of val. Raises ValueError
-    for a run without a checkpoint, or a bank that is too small for its episodes.
+    The episodes are those of an evaluation during training: the first eval_episodes episodes of the split. Raises ValueError
+    for a run without a checkpoint, or for a bank that is too small for its episodes.
     """
     model, config, state = checkpoint.load_model(checkpoint.best(run))
     ways, shot = config.episode(bank.split)[:2]
-    found = {
+    analysis = {
         "split": bank.split,
         "step": state.step,
         "protocol": config.episodes.protocol,
@@ -73,23 +73,20 @@ def analyse(run: Path, bank: ImageBank) -> dict[str, Any]:
         **_decisions(model, bank, config),
         "weights": _weights(model, bank, config),
     }
-    beside = run / f".{ANALYSIS}.new"
-    beside.write_text(json.dumps(found, allow_nan=False) + "\n")
-    beside.replace(run / ANALYSIS)
-    return found
+    write_json(run / ANALYSIS, analysis, indent=None)
+    return analysis
 
 
 def read_analysis(run: Path) -> dict[str, Any]:
-    """The run's analysis.json. Raises ValueError where there is none."""
+    """The run's analysis.json. Raises ValueError if there is none."""
     try:
-        found: dict[str, Any] = json.loads((run / ANALYSIS).read_text())
+        return read_json(run / ANALYSIS)
     except FileNotFoundError:
-        raise ValueError(f"{run} has no {ANALYSIS}; scripts/train.py writes it when the run is finished") from None
-    return found
+        raise ValueError(f"{run} has no {ANALYSIS}; lgm-dist train writes it at the end of the run") from None
 
 
 def _decisions(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any]:
-    """Who was taken for whom, and how often each class was recognised."""
+    """Which classes were predicted for which, and the accuracy of each class."""
     episodes, n = config.episodes.eval_episodes, len(bank.classes)
     classes = draw_rows(bank, config, bank.split, 0, episodes).classes  # (E, N)
     confusion, met = np.zeros((n, n), np.int64), np.zeros((n, n), np.int64)
@@ -117,10 +114,10 @@ def _decisions(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any]
 
 
 def _class(bank: ImageBank, c: int, asked: Counts, right: Counts) -> dict[str, Any]:
-    """Accuracy of class c with its 95 % interval, from its queries and those that were right in each episode (E,).
+    """Accuracy of class c with its 95 % interval, from its queries and its correct queries in each episode (E,).
 
-    Both are over the episodes in which the class occurs, not over queries: the queries of an episode are judged with the same
-    support images and against the same other classes, so that they fall together and an interval over them is too narrow.
+    Both are over the episodes with the class, not over queries: the queries of an episode share its support images and its
+    other classes, so they are correlated, and an interval over queries would be too narrow.
     """
     held = asked > 0
     accuracies = right[held] / asked[held]
@@ -137,7 +134,7 @@ def _class(bank: ImageBank, c: int, asked: Counts, right: Counts) -> dict[str, A
 
 @torch.no_grad()
 def _weights(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any] | None:
-    """The generated weights by task, with the noise at its mean and with one draw of it; images are not augmented."""
+    """The generated weights by task, with the noise at its mean and with one draw. The images are not augmented."""
     classes, rows = _tasks(bank, config)  # (W, N), (W, R, S)
     tasks, supports, _ = rows.shape
     unique, positions = np.unique(rows, return_inverse=True)  # (n,)
@@ -166,9 +163,9 @@ def _weights(model: LGMNet, bank: ImageBank, config: Config) -> dict[str, Any] |
 
 
 def _tasks(bank: ImageBank, config: Config) -> tuple[Counts, Counts]:
-    """Different sets of classes (W, N), of the first episodes, and rows of R support sets without a shared image (W, R, S)."""
+    """Different sets of classes (W, N) of the first episodes, and rows of R support sets that share no image (W, R, S)."""
     ways, shot = config.episode(bank.split)[:2]
-    supports = min(SUPPORTS, (int(bank.counts.min()) - 1) // shot)  # an episode has at least one query beside them
+    supports = min(SUPPORTS, (int(bank.counts.min()) - 1) // shot)  # an episode needs at least one query, too
     wide = config.replace(protocol="standard", shot=supports * shot, query=1, eval_shot=supports * shot, eval_query=1)
     drawn = draw_rows(bank, wide, bank.split, 0, 4 * TASKS)
     _, first = np.unique(np.sort(drawn.classes), axis=0, return_index=True)
@@ -178,29 +175,28 @@ def _tasks(bank: ImageBank, config: Config) -> tuple[Counts, Counts]:
 
 
 def _in_two_dimensions(weights: Floats) -> Floats:
-    """weights (P, D) -> (P, 2): their 50 first principal components, laid out by t-SNE."""
-    from sklearn.decomposition import PCA  # here, as it takes seconds to import and workers have no use for it
+    """weights (P, D) -> (P, 2): t-SNE of their first 50 principal components."""
+    from sklearn.decomposition import PCA  # here, because it takes seconds to import and workers do not need it
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     points = len(weights)
-    with threadpool_limits(
-        1
-    ):  # t-SNE's many small steps have threads wait for each other, ten times as long if others work
+    # The threads wait for each other in t-SNE's many small steps, which take ten times as long on a busy machine.
+    with threadpool_limits(1):
         reduced = PCA(min(50, points), svd_solver="randomized", random_state=0).fit_transform(weights)  # (P, 50)
         xy: Floats = TSNE(perplexity=min(30, (points - 1) / 3), init="pca", random_state=0).fit_transform(reduced)
     return xy
 
 
 def _silhouettes(mean: Floats, drawn: Floats, task: Counts) -> dict[str, float | None]:
-    """How well weights (P, D) cluster by task (P,): at most 1; with the tasks shuffled, what chance makes of it."""
+    """Silhouette scores, at most 1, of how well weights (P, D) cluster by task (P,), and by shuffled tasks, which is chance."""
     from sklearn.metrics import pairwise_distances, silhouette_score
 
     if not 2 <= len(np.unique(task)) < len(task):
         return dict.fromkeys(("silhouette", "silhouette_drawn", "shuffled_mean", "shuffled_highest"))
     distances = [pairwise_distances(w) for w in (mean, drawn)]  # (P, P)
     for d in distances:
-        np.fill_diagonal(d, 0)  # but for rounding it is
+        np.fill_diagonal(d, 0)  # it is 0 except for rounding
     random = np.random.default_rng(0)
     shuffled = [silhouette_score(distances[0], random.permutation(task), metric="precomputed") for _ in range(SHUFFLES)]
     return {
@@ -212,7 +208,7 @@ def _silhouettes(mean: Floats, drawn: Floats, task: Counts) -> dict[str, float |
 
 
 def _histogram(mean: Floats, drawn: Floats) -> dict[str, list[float]]:
-    """Of one layer's kernels, without biases, whose scale is another: over all tasks, in bins of the same edges."""
+    """Histograms of one layer's kernels over all tasks, with the same bins. Biases have another scale and are left out."""
     edges = np.linspace(min(mean.min(), drawn.min()), max(mean.max(), drawn.max()), BINS + 1)
     counts, drawn_counts = (np.histogram(w, edges)[0].tolist() for w in (mean, drawn))
     return {"edges": edges.tolist(), "counts": counts, "drawn": drawn_counts}

@@ -1,4 +1,4 @@
-"""Charts as SVG that takes the colours of the page, so that one drawing serves the light and the dark scheme."""
+"""Charts as SVG. They use the colours of the page, so that one drawing serves light and dark screens."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from lgm_dist.report.page import Html
 
 Array = npt.NDArray[np.float64]
 COLOURS = 8
-"""Lines with a colour of their own; the others are pale."""
+"""Number of lines that have a colour; further lines are pale."""
 MOST_POINTS = 100
-"""Points of a line: a longer curve is drawn by the means of its parts."""
+"""Largest number of points of a line. A longer curve is drawn as the means of its parts."""
 INK, GRID, PALE = "#0a0b1f", "#0a0b1e", "#0a0b1d"
 _IN_CSS = {INK: "currentColor", GRID: "var(--line)", PALE: "var(--muted)"} | {
     f"#0a0b0{i}": f"var(--s{i})" for i in range(COLOURS)
 }
-"""What matplotlib draws -> what the page knows it as: placeholders, as matplotlib has no colour by reference."""
+"""Placeholder colour in matplotlib's drawing -> colour in the page's CSS."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart, of points (n,)."""
+    """A line of a chart, with n points."""
 
     x: Array
     y: Array
     place: int | None
-    """Which of the page's colours; None or one beyond them: pale."""
+    """Number of the line's colour. None, or a number beyond the colours, is pale."""
     ci95: Array | None = None
-    """Half of the interval around y."""
+    """Half-width of the interval around y."""
     joined: bool = True
-    """Else separate points with error bars."""
+    """False draws separate points with error bars."""
     marks: bool = True
     dashed: bool = False
 
@@ -52,7 +52,7 @@ def colour(place: int | None) -> str:
 
 
 def thin(x: Array, y: Array, most: int = MOST_POINTS) -> tuple[Array, Array]:
-    """(n,) -> (at most `most`,): the means of equal parts of a curve."""
+    """Means of at most `most` equal parts of a curve: (n,) -> (m,) with m <= most."""
     parts = min(most, len(x))
     if not parts:
         return x, y
@@ -60,12 +60,12 @@ def thin(x: Array, y: Array, most: int = MOST_POINTS) -> tuple[Array, Array]:
 
 
 def chart(lines: Sequence[Line], xlabel: str, ylabel: str, *, level: float | None = None, **axes: Any) -> Html:
-    """Draws the lines; `level` is a dotted line across (chance), `axes` go to matplotlib's Axes.set."""
+    """Draw the lines. `level` adds a dotted line for chance, and `axes` are arguments of matplotlib's Axes.set."""
     with plt.rc_context(_RC):
         figure, ax = plt.subplots(figsize=(4.3, 2.7))
         figure.subplots_adjust(0.13, 0.15, 0.985, 0.97)
         for line in sorted(lines, key=lambda line: -(COLOURS if line.place is None else line.place)):
-            _draw(ax, line)  # the first on top
+            _draw(ax, line)  # the first line last, on top of the others
         if level is not None:
             ax.axhline(level, color=INK, linestyle=":", linewidth=1)
             ax.annotate("chance", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
@@ -96,8 +96,8 @@ def _svg(figure: Any, title: str) -> Html:
     svg = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, count=1
     )
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # every chart of the page would have the same
-    svg = re.sub(r"font-family: [^;\"]*(; )?", "", svg)  # the page's own
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the ids would not be unique in the page
+    svg = re.sub(r"font-family: [^;\"]*(; )?", "", svg)  # the page sets the font
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), svg)  # not in text
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     return Html(re.sub("|".join(_IN_CSS), lambda found: _IN_CSS[found[0]], svg))

@@ -1,4 +1,4 @@
-"""Trials and runs beside each other: the leaderboard of a sweep, and accuracy by the value of each setting."""
+"""Trials and runs compared: the leaderboard of a sweep, and accuracy by the value of each setting."""
 
 from __future__ import annotations
 
@@ -6,63 +6,68 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from lgm_dist.report.records import Record, SweepRecord
-from lgm_dist.report.tables import DASH, Table, by, duration, mean_ci, percent, trained_on, val_of
+from lgm_dist.console import percent
+from lgm_dist.report.records import Record, SweepRecord, attempt
+from lgm_dist.report.tables import DASH, Table, by, duration, mean_percent, trained_on, val_of
+from lgm_dist.training.evaluation import Score
 
 NORMALISATION = ("model.norm", "model.norm_scope", "model.weight_norm", "noise", "model.norm_decay")
-"""The settings that are compared first."""
+"""The settings that come first."""
 
 
 def leaderboard(sweep: SweepRecord) -> Table:
-    """All trials, the best first, each with its paired difference to the first."""
+    """All trials, best first, each with its paired difference to the first."""
     paths = _paths(record.sample for record in sweep.trials)
-    ranked = sweep.ranked
-    first = ranked[0].accuracies() if ranked else None
     rows = [
         (
-            *(record.label, record.trial.status if record.trial else "unreadable", val_of(record)),
-            _difference(record.accuracies(), first) if record is not ranked[0] else DASH,
+            *(record.label, status_of(record), val_of(record)),
+            _difference(record, sweep.ranked[0]),
             *(setting(record.sample.get(path)) for path in paths),
             *(f"{record.best['step']:,.0f}" if record.best else DASH, trained_on(record), duration(record.seconds)),
             _remark(record),
         )
-        for record in ranked
+        for record in sweep.ranked
     ]
     note = (
-        "Best evaluation of each trial, mean over the val episodes with its 95 % interval. All trials are evaluated on the "
-        "same episodes, so the difference to the first (in percentage points, with its 95 % interval) is paired by episode. "
-        "The first was chosen on these very episodes, which flatters it a little."
+        "Best evaluation of each trial: mean over the val episodes with its 95 % interval. All trials are evaluated on the "
+        "same episodes, so the difference to the first trial (percentage points, with its 95 % interval) is paired by episode. "
+        "The first trial was chosen on these episodes, so its accuracy and its lead are slightly too high."
     )
-    header = ("trial", "status", ">val accuracy", ">minus the first's", *(f">{path}" for path in paths))
+    header = ("trial", "status", ">val accuracy", ">minus the first", *(f">{path}" for path in paths))
     return Table(f"Trials of {sweep.name}", (*header, ">best at step", ">trained on", ">time", "remark"), rows, note)
 
 
-def _difference(ours: npt.NDArray[np.float64] | None, first: npt.NDArray[np.float64] | None) -> str:
-    if ours is None or first is None or ours.shape != first.shape:
+def status_of(record: Record) -> str:
+    """The status of a trial."""
+    return record.trial.status if record.trial else DASH
+
+
+def _difference(record: Record, first: Record) -> str:
+    ours, theirs = record.trial, first.trial
+    if record is first or not ours or not theirs:
         return DASH
-    mean, ci95 = mean_ci(ours - first)
-    return f"{100 * mean:+.2f}".replace("-", "\N{MINUS SIGN}") + (f" ± {100 * ci95:.2f}" if ci95 is not None else "")
+    difference: Score | None = attempt(ours.difference, theirs, default=None, damage=[])
+    if not difference:
+        return DASH
+    return f"{100 * difference.accuracy:+.2f} ± {100 * difference.ci95:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _remark(record: Record) -> str:
-    if not record.trial:
-        return "; ".join(record.notes)
-    taken = [f"took over trial {e.get('from')} at step {e.get('step')}" for e in record.trial.exploits]
-    error = [record.trial.error.strip().splitlines()[-1][:200]] if record.trial.error.strip() else []
-    return "; ".join([*error, *taken, *record.notes])
+    """The error of a failed trial, its exploits, and the notes on its run."""
+    error = record.trial.error.strip().splitlines()[-1:] if record.trial else []
+    exploits = record.trial.exploits if record.trial else []
+    taken = [f"exploited trial {exploit['from']} at step {exploit['step']}" for exploit in exploits]
+    return "; ".join([*(line[:200] for line in error), *taken, *record.notes])
 
 
 def _paths(samples: Iterable[dict[str, Any]]) -> list[str]:
-    """The dotted paths of a sweep's samples, normalisation first."""
-    found = {path for sample in samples for path in sample}
-    return [path for path in NORMALISATION if path in found] + sorted(found - set(NORMALISATION))
+    """The names of the sampled settings, normalisation first."""
+    names = {path for sample in samples for path in sample}
+    return [path for path in NORMALISATION if path in names] + sorted(names - set(NORMALISATION))
 
 
 def setting(value: Any) -> str:
-    """A hyper-parameter's value; a dash where a condition rules it out."""
+    """A setting's value as text; a dash if its condition does not hold."""
     if value is None:
         return DASH
     if isinstance(value, bool):
@@ -71,20 +76,20 @@ def setting(value: Any) -> str:
 
 
 class Setting(NamedTuple):
-    """A hyper-parameter and the trials (or runs) that have a value of it."""
+    """A setting, and the trials or runs that have a value for it."""
 
     path: str
     values: list[tuple[Any, Record]]
 
     @property
     def is_scale(self) -> bool:
-        """Numbers, too many different ones to take means by value."""
+        """True if the values are numbers, and too many different ones for a mean per value."""
         numbers = [v for v, _ in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
         return len(numbers) == len(self.values) and len(set(numbers)) > 5
 
 
 def sampled(sweep: SweepRecord) -> list[Setting]:
-    """The sweep's hyper-parameters over its evaluated trials."""
+    """The sampled settings of a sweep, over its evaluated trials."""
     trials = [(r.sample, r) for r in sweep.trials if r.best]
     return [Setting(p, [(s[p], r) for s, r in trials if p in s]) for p in _paths(s for s, _ in trials)]
 
@@ -92,22 +97,22 @@ def sampled(sweep: SweepRecord) -> list[Setting]:
 def normalisations(records: Sequence[Record]) -> list[Setting]:
     """The normalisation settings in which evaluated runs differ."""
     known = [(r.config.flat(), r) for r in records if r.config and r.best]
-    found = [Setting(path, [(config[path], r) for config, r in known]) for path in NORMALISATION]
-    return [s for s in found if len({setting(value) for value, _ in s.values}) > 1]
+    settings = [Setting(path, [(config[path], r) for config, r in known]) for path in NORMALISATION]
+    return [s for s in settings if len({setting(value) for value, _ in s.values}) > 1]
 
 
 def comparison(title: str, settings: Sequence[Setting], what: str) -> Table | None:
-    """Mean best val accuracy by value of each setting; `what` is trials or runs."""
+    """Mean of the best val accuracy by value of each setting. `what` is "trials" or "runs"."""
     rows: list[tuple[str, ...]] = []
     for path, values in (s for s in settings if not s.is_scale):
         groups = by(values, lambda pair: setting(pair[0]))
         for value, group in sorted(groups.items(), key=lambda item: -_mean_best(item[1])):
             best = [r.best["val/accuracy"] for _, r in group if r.best]
             name = "" if any(path == row[0] for row in rows) else path
-            rows.append((name, value, str(len(best)), percent(*mean_ci(best)), percent(max(best), None)))
+            rows.append((name, value, str(len(best)), mean_percent(best), percent(max(best))))
     note = (
-        f"Mean over the {what} with this value, whatever their other settings; 95 % interval over {what}, 1.96 · std/√n, "
-        f"which is too narrow where they are few. {what.capitalize()} that were stopped early count with their best so far."
+        f"Mean over the {what} with this value; their other settings vary. The 95 % interval is over {what}, 1.96 · std/√n. "
+        f"For a few {what}, it is too narrow. {what.capitalize()} that were stopped early count with their best evaluation."
     )
     header = ("setting", "value", f">{what}", ">mean val accuracy", ">best")
     return Table(title, header, rows, note) if rows else None

@@ -1,4 +1,4 @@
-"""HTML of the report: one file that asks for nothing else, readable in light and dark, wide and narrow, without JavaScript."""
+"""HTML of the report: one self-contained file without JavaScript, for light and dark, wide and narrow screens."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from lgm_dist.report.tables import Table
 
 
 class Html(str):
-    """Markup. Any other str is text, which is escaped where it enters the page."""
+    """Markup. Any other str is text, and is escaped when it enters the page."""
 
 
 def text(value: str) -> Html:
-    """Escapes text; line breaks stay."""
+    """Escape text, and keep its line breaks."""
     return value if isinstance(value, Html) else Html(html.escape(value).replace("\n", "<br>"))
 
 
 def tag(name: str, *parts: str, **attributes: str) -> Html:
-    """<name attribute="value">parts</name>; `cls` is the class."""
+    """An element: <name attribute="value">parts</name>. `cls` is the attribute class."""
     given = "".join(f' {key.replace("cls", "class")}="{html.escape(value)}"' for key, value in attributes.items())
     return Html(f"<{name}{given}>{''.join(text(part) for part in parts)}</{name}>")
 
 
 def table(content: Table, chips: Sequence[str] = ()) -> Html:
-    """A table that scrolls inside itself where it is too wide; `chips` go before the first cell of each row."""
+    """A table that scrolls sideways if it is too wide. `chips` are colours of dots before the first cell of each row."""
     right = [name.startswith(">") for name in content.header]
     head = [_cell("th", name.removeprefix(">"), r, scope="col") for name, r in zip(content.header, right, strict=True)]
     rows = [
@@ -50,19 +50,19 @@ def _cell(name: str, value: str, right: bool, **attributes: str) -> Html:
 
 
 def chip(colour: str) -> Html:
-    """A dot in the colour of a chart's line."""
+    """A dot with the colour of a line in a chart."""
     return Html(f'<span class="chip" style="background:{html.escape(colour)}"></span>')
 
 
 def figure(svg: Html, title: str, caption: str, legend: Sequence[tuple[str, str]] = ()) -> Html:
-    """A chart; the legend, (colour, name), is text of the page, so that it wraps and can be read at any width."""
+    """A chart with its caption. The legend, pairs of colour and name, is text, so that it wraps on narrow screens."""
     names = [tag("li", chip(colour), name) for colour, name in legend]
     below = [tag("ul", *names, cls="legend")] if names else []
     return tag("figure", tag("h3", title), svg, tag("figcaption", *below, tag("span", caption)))
 
 
 def picture(path: Path, alt: str) -> Html:
-    """A PNG inside the page. Raises ValueError for a file that is no whole PNG."""
+    """A PNG inside the page. Raises ValueError for a file that is not a whole PNG."""
     data = path.read_bytes()
     if not (data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")):
         raise ValueError(f"{path.name} is damaged and left out")
@@ -71,17 +71,17 @@ def picture(path: Path, alt: str) -> Html:
 
 
 def charts(*figures: Html) -> Html:
-    """Charts side by side where there is room."""
+    """Charts, side by side if there is room."""
     return tag("div", *figures, cls="charts") if figures else Html("")
 
 
 def figures(pairs: Sequence[tuple[str, str]]) -> Html:
-    """The few figures that matter, large: (name, value)."""
+    """The most important figures, pairs of name and value, in large type."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), cls="key")
 
 
 def section(title: str, *parts: str) -> Html:
-    """A part of the page under its own heading; nothing where it has no content."""
+    """A part of the page with a heading; empty if it has no content."""
     return tag("section", tag("h2", title), *parts) if any(parts) else Html("")
 
 

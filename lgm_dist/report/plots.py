@@ -1,5 +1,5 @@
-"""The pictures in a run's folder: curves of the training, a contact sheet of one episode with predictions, and those of
-its analysis: confusion and accuracy of the classes, and generated weights."""
+"""The pictures in a run's folder: training curves, one episode with its predictions, confusion and accuracy of the classes,
+and generated weights."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.patches import Patch
 
 from lgm_dist.config import Config
+from lgm_dist.console import percent
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_rows, sample_episodes, to_pixels
 from lgm_dist.report.analysis import read_analysis
@@ -28,11 +29,11 @@ from lgm_dist.runs.metrics import read_metrics
 
 CURVES, EPISODE, CONFUSION, WEIGHTS = "curves.png", "episode.png", "confusion.png", "weights.png"
 QUERIES_SHOWN = 8
-"""Query images of a class on the contact sheet."""
+"""Largest number of query images of a class in the picture of an episode."""
 
 
 def curves(run: Path) -> Path:
-    """Draws loss, accuracy on training and val episodes, and speed against steps; returns the picture's path."""
+    """Draw loss, accuracy on training and val episodes, and speed against steps; return the picture's path."""
     rows = read_metrics(run)
     config = read_config(run)
     step = np.array([row["step"] for row in rows])
@@ -62,7 +63,7 @@ def curves(run: Path) -> Path:
 
 
 def _line(axes: Any, step: npt.NDArray[np.int64], rows: list[dict[str, Any]], key: str, scale: float = 1) -> None:
-    """The values, pale, and their running mean over a twentieth of the run."""
+    """The values in a pale colour, and their running mean over a twentieth of the run."""
     values = scale * np.array([row[key] for row in rows])
     window = max(len(values) // 20, 1)
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
@@ -90,10 +91,10 @@ def _leak(protocol: str) -> str:
 
 @torch.no_grad()
 def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
-    """Draws episode `index` of the bank's split as the best checkpoint sees it; returns the picture's path.
+    """Draw episode `index` of the bank's split with the predictions of the best checkpoint; return the picture's path.
 
-    A row a class: its support images, then query images framed green where the class is right, red with the class that
-    was taken for it where not.
+    Each class has a row: its support images, then query images. A correct query has a green frame; a wrong one has a red frame
+    and the predicted class above it.
     """
     model, config, _ = checkpoint.load_model(checkpoint.best(run))
     ways, shot = config.episode(bank.split)[:2]
@@ -140,10 +141,10 @@ def _image(axes: Any, pixels: npt.NDArray[np.float32], title: str, colour: str) 
 
 
 def confusion(run: Path) -> Path:
-    """Draws which classes are taken for which, and the accuracy of each, from analysis.json; returns the picture's path.
+    """Draw which classes are predicted for which, and the accuracy of each, from analysis.json; return the picture's path.
 
-    A cell's rate is over the queries of its row's class in episodes that held its column's class too, so that chance is
-    the same in all cells; grey where the two never met. Classes are ordered by group.
+    The rate in a cell is over the queries of the row's class in episodes with the column's class, so that chance is the same in
+    all cells. A cell is grey if no episode has both. Classes are ordered by group.
     """
     found = read_analysis(run)
     order = sorted(range(len(found["classes"])), key=lambda c: found["groups"].index(found["groups"][c]))
@@ -165,7 +166,7 @@ def confusion(run: Path) -> Path:
                 axes.axvline(edge, color="black", linewidth=0.8)
     figure.suptitle(
         f"{run.name}{_leak(found['protocol'])}\n{found['ways']}-way {found['shot']}-shot on {found['split']}: "
-        f"{100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f} % of queries right ({found['episodes']:,} episodes)",
+        f"{percent(found['accuracy'], found['ci95'])} of queries right ({found['episodes']:,} episodes)",
         fontsize=11,
     )
     return _save(figure, run / CONFUSION)
@@ -181,7 +182,7 @@ def _rates(axes: Any, figure: Any, rates: Any, chance: float) -> None:
 
 
 def _bars(axes: Any, classes: list[dict[str, Any]], groups: list[str], found: dict[str, Any]) -> None:
-    """Accuracy of each class with its interval, a colour a group."""
+    """Accuracy of each class with its interval, in one colour per group."""
     accuracy, ci95 = ([100 * (entry[key] or 0) for entry in classes] for key in ("accuracy", "ci95"))
     named = list(dict.fromkeys(groups))
     colours = [f"C{named.index(group) % 10}" for group in groups]
@@ -194,7 +195,7 @@ def _bars(axes: Any, classes: list[dict[str, Any]], groups: list[str], found: di
 
 
 def weights(run: Path) -> Path:
-    """Draws the generated weights, an embedding coloured by task and histograms, from analysis.json; returns its path."""
+    """Draw the generated weights from analysis.json, an embedding and histograms; return the picture's path."""
     found = read_analysis(run)
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     figure.suptitle(f"{run.name}{_leak(found['protocol'])}: generated weights", fontsize=11)
@@ -217,7 +218,7 @@ def weights(run: Path) -> Path:
 
 
 def _embedding(axes: Any, found: dict[str, Any]) -> None:
-    """A point a support set, a colour a set of classes."""
+    """One point per support set, one colour per set of classes."""
     xy, task, noise = (np.array(found[key]) for key in ("xy", "task_of", "noise"))
     for number, names in enumerate(found["tasks"]):
         mean, drawn = (xy[(task == number) & (noise == kind)] for kind in ("mean", "drawn"))

@@ -1,4 +1,4 @@
-"""Throughput of runs, and how it grows with workers."""
+"""Throughput of runs, and how it scales with workers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lgm_dist.report.tables import DASH, Table, by, episodes, fact
 
 
 def speed_of(record: Record) -> float | None:
-    """Median episodes/s of a run's steps; the first ones of each start are slow."""
-    found = [row["speed/episodes_per_s"] for row in record.rows if "speed/episodes_per_s" in row]
-    return statistics.median(found) if found else None
+    """Median episodes/s over the steps of a run. The median, because the first steps after each start are slow."""
+    speeds = [row["speed/episodes_per_s"] for row in record.rows if "speed/episodes_per_s" in row]
+    return statistics.median(speeds) if speeds else None
 
 
 def throughput(records: Sequence[Record]) -> Table | None:
-    """Speed and memory of each run."""
+    """A table of speed and memory of each run."""
     rows: list[tuple[str, ...]] = []
     for record in records:
         speed, c = speed_of(record), record.config
@@ -31,34 +31,34 @@ def throughput(records: Sequence[Record]) -> Table | None:
             *(fact(record, k) for k in ("world_size", "threads", "device")),
         )
         rows.append((record.name, *at, f"{speed:,.1f}", images, f"{memory / 2**30:.2f} GiB" if memory else DASH))
-    header = ("run", "episodes", ">meta-batch", ">workers", ">threads a worker", "device")
-    note = "Median over the steps, evaluations not counted; memory is the most that one worker had."
+    header = ("run", "episodes", ">meta-batch", ">workers", ">threads per worker", "device")
+    note = "Median over the training steps, without evaluations. Memory is the largest peak of one worker."
     return Table("Throughput", (*header, ">episodes/s", ">images/s", ">peak memory"), rows, note) if rows else None
 
 
 class Scaling(NamedTuple):
-    """Episodes/s by number of workers, the same work otherwise."""
+    """Episodes/s of the same work by number of workers."""
 
     title: str
     speeds: list[tuple[int, float, int]]
-    """Workers, mean over runs of their median episodes/s, number of runs; by workers."""
+    """Workers, mean over runs of their median episodes/s, number of runs; ordered by workers."""
 
 
 def scalings(records: Sequence[Record]) -> list[Scaling]:
-    """For each kind of work that runs did with different numbers of workers."""
+    """The scaling of each kind of work that was done with different numbers of workers."""
     timed = [r for r in records if r.config and speed_of(r) and isinstance(r.facts.get("world_size"), int)]
-    found = []
+    every = []
     for group in by(timed, _work).values():
         sizes = by(group, lambda r: int(r.facts["world_size"]))
         speeds = [(w, statistics.mean(speed_of(r) or 0.0 for r in rs), len(rs)) for w, rs in sorted(sizes.items())]
         c = group[0].config
         if len(speeds) > 1 and c:
-            found.append(
+            every.append(
                 Scaling(
                     f"{episodes(c.episodes.ways, c.episodes.shot)}, {c.episodes.meta_batch} episodes a step", speeds
                 )
             )
-    return found
+    return every
 
 
 def _work(record: Record) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ def _work(record: Record) -> tuple[Any, ...]:
 
 
 def scaling_table(scaling: Scaling) -> Table:
-    """Speed-up and efficiency against the fewest workers."""
+    """A table of speed-up and efficiency, relative to the fewest workers."""
     fewest, slowest, _ = scaling.speeds[0]
     rows: list[tuple[str, ...]] = [
         (str(w), str(runs), f"{speed:,.1f}", f"{speed / slowest:.2f}", f"{100 * speed / slowest * fewest / w:.0f} %")

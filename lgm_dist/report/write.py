@@ -1,4 +1,4 @@
-"""The report: which tables, charts and pictures, in which order."""
+"""The report: which tables, charts and pictures it has, and in which order."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lgm_dist.report.records import Record, SweepRecord, attempt, gather
 
 REPORT = "report.html"
 PICTURES = {
-    "curves.png": "Curves of the training",
-    "episode.png": "An episode as the network sees it: support images, then queries, right ones green",
-    "confusion.png": "Which classes of val are taken for which, and accuracy by class",
+    "curves.png": "Training curves",
+    "episode.png": "One episode with its predictions: support images, then queries; correct ones have a green frame",
+    "confusion.png": "Confusion of the val classes, and accuracy by class",
     "weights.png": "Generated weights of different episodes: embedding and histograms",
 }
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Writes report.html on the runs and sweeps in `paths` into the folder `out`; returns the file's path.
+    """Write report.html about the runs and sweeps in `paths` into the folder `out`, and return the file's path.
 
-    Each path is a folder of a run, of a sweep, or of several of them. What is unfinished or damaged is shown as far as it
-    goes, with a line that says so. Raises ValueError for a path that holds no run.
+    Each path is the folder of a run, of a sweep, or of several of them. Unfinished and damaged ones are shown as far as they
+    go, with a note. Raises ValueError for a path that contains neither.
     """
     runs, sweeps = gather(paths)
     every = [*runs, *(trial for sweep in sweeps for trial in sweep.trials)]
@@ -43,13 +43,13 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         section("Training", *_training(runs)),
         section("Speed", *_speed(every)),
         section("Pictures", *_pictures(runs, sweeps)),
-        section("Where the figures come from", *map(_spec, sweeps), table(tables.facts(every)), _notes(every, sweeps)),
+        section("Origin of the figures", *map(_spec, sweeps), table(tables.facts(every)), _notes(every, sweeps)),
     ]
     file = out / REPORT
     out.mkdir(parents=True, exist_ok=True)
-    beside = out / f".{REPORT}.new"
-    beside.write_text(page(_title(runs, sweeps, paths), _lead(runs, sweeps), *body))
-    return beside.replace(file)
+    new = out / f".{REPORT}.new"
+    new.write_text(page(_title(runs, sweeps, paths), _lead(runs, sweeps), *body))
+    return new.replace(file)
 
 
 def _title(runs: Sequence[Record], sweeps: Sequence[SweepRecord], paths: Sequence[Path]) -> str:
@@ -62,54 +62,55 @@ def _title(runs: Sequence[Record], sweeps: Sequence[SweepRecord], paths: Sequenc
 
 def _lead(runs: Sequence[Record], sweeps: Sequence[SweepRecord]) -> str:
     counts = [f"{len(runs)} run{'s' * (len(runs) != 1)}"] if runs else []
-    counts += [f"sweep {sweep.name} of {len(sweep.trials)} trials" for sweep in sweeps]
+    counts += [f"sweep {sweep.name} with {len(sweep.trials)} trials" for sweep in sweeps]
     now = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
-    return f"LGM-Net, few-shot learning by generated weights: {', '.join(counts)}. Written on {now}."
+    return f"LGM-Net, few-shot learning with generated weights: {', '.join(counts)}. Written on {now}."
 
 
 def _key_figures(runs: Sequence[Record], sweeps: Sequence[SweepRecord]) -> Html:
-    """Of a single run or sweep."""
+    """The most important figures of a single run or sweep, in large type."""
     if len(runs) == 1 and not sweeps:
-        return figures(_of_run(runs[0]))
+        return figures(_run_figures(runs[0]))
     if len(sweeps) == 1 and not runs and sweeps[0].ranked:
-        sweep, statuses = sweeps[0], [r.trial.status if r.trial else "unreadable" for r in sweeps[0].trials]
-        counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-        first = f"{sweep.ranked[0].name} {'won' if sweep.over else 'leads so far'}"
-        hours = tables.duration(sum(record.seconds for record in sweep.trials))
-        of_all = [("trials", counts), ("training", hours)]
-        return figures([("best of them", first), *_accuracies(sweep.ranked[0], sweep.test), *of_all])
+        return figures(_sweep_figures(sweeps[0]))
     return Html("")
 
 
-def _of_run(record: Record) -> list[tuple[str, str]]:
+def _run_figures(record: Record) -> list[tuple[str, str]]:
     pairs = _accuracies(record, record.result)
     if c := record.config:
         pairs.append(("chance", f"{100 / c.episode('val').ways:.4g} %"))
     return [*pairs, ("trained on", tables.trained_on(record)), ("time", tables.duration(record.seconds))]
 
 
-def _accuracies(record: Record, found: dict[str, Any]) -> list[tuple[str, str]]:
-    leak = " (leaks the label)" if record.config and record.config.episodes.protocol == "paper" else ""
+def _sweep_figures(sweep: SweepRecord) -> list[tuple[str, str]]:
+    first, statuses = sweep.ranked[0], [compare.status_of(record) for record in sweep.trials]
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    hours = tables.duration(sum(record.seconds for record in sweep.trials))
+    rank = "winner" if sweep.over else "best so far"
+    return [(rank, first.name), *_accuracies(first, sweep.test), ("trials", counts), ("training", hours)]
+
+
+def _accuracies(record: Record, result: dict[str, Any]) -> list[tuple[str, str]]:
+    leak = " (leaks the label)" if record.leaks else ""
     return [
-        ("test accuracy" + leak, tables.test_of(record, found)),
+        ("test accuracy" + leak, tables.test_of(record, result)),
         ("best val accuracy" + leak, tables.val_of(record)),
     ]
 
 
 def _normalisation(runs: Sequence[Record]) -> list[Html]:
-    """Runs that differ in it, among those evaluated on the same episodes."""
-    found = []
+    """Comparisons of runs that differ in normalisation and were evaluated on the same episodes."""
+    comparisons = []
     for group in tables.same_episodes(runs):
-        title = f"Normalisation, runs evaluated at {_at(group)}"
-        found.append(compare.comparison(title, compare.normalisations(group), "runs"))
-    return [table(t) for t in found if t]
+        title = f"Normalisation, runs evaluated on {_episodes_of(group)}"
+        comparisons.append(compare.comparison(title, compare.normalisations(group), "runs"))
+    return [table(t) for t in comparisons if t]
 
 
-def _at(group: Sequence[Record]) -> str:
+def _episodes_of(group: Sequence[Record]) -> str:
     c = group[0].config
-    if not c:
-        return "unknown episodes"
-    return f"{tables.episodes(*c.episode('val')[:2])} ({tables.protocol_of(c)})"
+    return f"{tables.episodes(*c.episode('val')[:2])} ({tables.protocol_of(c)})" if c else "unknown episodes"
 
 
 def _sweep(sweep: SweepRecord) -> Html:
@@ -127,18 +128,15 @@ def _sweep(sweep: SweepRecord) -> Html:
 
 
 def _race(sweep: SweepRecord) -> list[Html]:
-    """Val accuracy against time, and against steps, of all trials."""
-    found = []
+    """Val accuracy of all trials against time, and against steps."""
+    drawn = []
     for key, unit, xlabel in (("seconds", 60.0, "training time (minutes)"), ("step", 1.0, "step")):
         lines = [_val(record, place, key, unit) for place, record in enumerate(sweep.ranked) if record.evaluations]
         if lines:
+            title = f"Val accuracy by {'time' if unit > 1 else 'step'}"
             svg = chart(lines, xlabel, "val accuracy (%)", level=_chance(sweep.ranked))
-            found.append(
-                figure(
-                    svg, f"Val accuracy by {'time' if unit > 1 else 'step'}", _band(sweep.ranked), _legend(sweep.ranked)
-                )
-            )
-    return found
+            drawn.append(figure(svg, title, _band(sweep.ranked), _legend(sweep.ranked)))
+    return drawn
 
 
 def _scale(setting: compare.Setting) -> Html:
@@ -146,44 +144,43 @@ def _scale(setting: compare.Setting) -> Html:
     pairs = [(value, record.best) for value, record in setting.values if record.best]
     x, y, ci95 = (
         np.array(v, dtype=np.float64)
-        for v in ([v for v, _ in pairs], _percent(pairs, "val/accuracy"), _percent(pairs, "val/ci95"))
+        for v in ([v for v, _ in pairs], _in_percent(pairs, "val/accuracy"), _in_percent(pairs, "val/ci95"))
     )
     log: dict[str, Any] = {"xscale": "log"} if x.min() > 0 and x.max() / x.min() > 20 else {}
     svg = chart([Line(x, y, 0, ci95, joined=False)], setting.path, "best val accuracy (%)", **log)
-    return figure(
-        svg, f"Val accuracy by {setting.path}", "A point a trial, with the 95 % interval over its val episodes."
-    )
+    caption = "One point per trial, with the 95 % interval over its val episodes."
+    return figure(svg, f"Val accuracy by {setting.path}", caption)
 
 
-def _percent(pairs: Sequence[tuple[Any, dict[str, float]]], key: str) -> list[float]:
+def _in_percent(pairs: Sequence[tuple[Any, dict[str, float]]], key: str) -> list[float]:
     return [100 * best.get(key, 0.0) for _, best in pairs]
 
 
 def _training(runs: Sequence[Record]) -> list[Html]:
-    """Loss and val accuracy of the runs, those with the same episodes in the same charts."""
-    found = []
+    """Loss and val accuracy of the runs. Runs with the same episodes share their charts."""
+    parts = []
     for group in tables.same_episodes(runs):
         drawn = [record for record in group if record.rows]
         if drawn:
-            heading = [tag("h3", f"Evaluated at {_at(group)}")] if len(runs) > 1 else []
-            found += [*heading, charts(*_curves(drawn))]
-    return found
+            heading = [tag("h3", f"Evaluated on {_episodes_of(group)}")] if len(runs) > 1 else []
+            parts += [*heading, charts(*_curves(drawn))]
+    return parts
 
 
 def _curves(records: Sequence[Record]) -> list[Html]:
-    found = []
+    drawn = []
     losses = [
         _loss(record, place) for place, record in enumerate(records) if any("train/loss" in r for r in record.rows)
     ]
     if losses:
-        caption = f"Means of at most {MOST_POINTS} equal parts of each run."
+        caption = f"Means over at most {MOST_POINTS} equal parts of each run."
         svg = chart(losses, "step", "loss (negative log probability)")
-        found.append(figure(svg, "Training loss", caption, _legend(records)))
+        drawn.append(figure(svg, "Training loss", caption, _legend(records)))
     evaluated = [_val(record, place, "step", 1.0) for place, record in enumerate(records) if record.evaluations]
     if evaluated:
         svg = chart(evaluated, "step", "val accuracy (%)", level=_chance(records))
-        found.append(figure(svg, "Accuracy on val episodes", _band(records), _legend(records)))
-    return found
+        drawn.append(figure(svg, "Accuracy on val episodes", _band(records), _legend(records)))
+    return drawn
 
 
 def _loss(record: Record, place: int) -> Line:
@@ -193,8 +190,8 @@ def _loss(record: Record, place: int) -> Line:
 
 
 def _val(record: Record, place: int, key: str, unit: float) -> Line:
-    found = record.evaluations
-    rows = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, min(len(found), MOST_POINTS)).astype(int))]
+    every = record.evaluations
+    rows = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, min(len(every), MOST_POINTS)).astype(int))]
     x = np.array([row.get(key, 0.0) / unit for row in rows])
     y = 100 * np.array([row["val/accuracy"] for row in rows])
     ci95 = 100 * np.array([row.get("val/ci95", 0.0) for row in rows])
@@ -202,15 +199,15 @@ def _val(record: Record, place: int, key: str, unit: float) -> Line:
 
 
 def _chance(records: Sequence[Record]) -> float | None:
-    """100 / ways, where all have the same."""
+    """100 / ways, if all records have the same ways."""
     ways = {c.episode("val").ways for record in records if (c := record.config)}
     return 100 / ways.pop() if len(ways) == 1 else None
 
 
 def _band(records: Sequence[Record]) -> str:
     counts = sorted({c.episodes.eval_episodes for record in records if (c := record.config)})
-    of = f" of {' or '.join(f'{n:,}' for n in counts)} episodes each" if counts else ""
-    return f"Evaluations{of}; the band is the 95 % interval."
+    of = f" on {' or '.join(f'{n:,}' for n in counts)} episodes each" if counts else ""
+    return f"Evaluations{of}. The band is the 95 % interval."
 
 
 def _legend(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -227,34 +224,31 @@ def _speed(records: Sequence[Record]) -> list[Html]:
         svg = chart([Line(workers, speeds, 0), ideal], "workers", "episodes/s", xticks=workers, ylim=(0, None))
         parts += [
             table(speed.scaling_table(scaling)),
-            charts(figure(svg, "Episodes/s by workers", "Dashed: in proportion.")),
+            charts(figure(svg, "Episodes/s by workers", "Dashed: proportional to the number of workers.")),
         ]
     return parts
 
 
 def _pictures(runs: Sequence[Record], sweeps: Sequence[SweepRecord]) -> list[Html]:
-    """Of every run, and of each sweep's first trial."""
+    """The pictures of every run, and of the first trial of each sweep."""
     shown = [*runs, *(sweep.ranked[0] for sweep in sweeps if sweep.ranked)]
-    found = []
+    parts = []
     for record in shown:
         kept = [(record.folder / name, alt) for name, alt in PICTURES.items() if (record.folder / name).exists()]
         tried = [attempt(picture, path, alt, default=None, damage=record.damage) for path, alt in kept]
         pictures = [p for p in tried if p]
         if pictures:
             is_open = {"open": ""} if len(shown) == 1 else {}
-            found.append(tag("details", tag("summary", record.label), *pictures, **is_open))
-    return found
+            parts.append(tag("details", tag("summary", record.label), *pictures, **is_open))
+    return parts
 
 
 def _spec(sweep: SweepRecord) -> Html:
-    """How the sweep was asked for."""
-    asked = [
-        (key, sweep.spec[key])
-        for key in ("space", "search", "scheduler", "samples", "commit", "command")
-        if sweep.spec.get(key)
-    ]
-    words = [word for key, value in asked for word in (f"{key} ", tag("code", _words(value)), "; ")]
-    return tag("p", f"Sweep {sweep.name}: ", *words[:-1]) if asked else Html("")
+    """The options of the sweep."""
+    names = ("space", "search", "scheduler", "samples", "commit", "command")
+    options = [(name, sweep.spec[name]) for name in names if sweep.spec.get(name)]
+    words = [word for name, value in options for word in (f"{name} ", tag("code", _words(value)), "; ")]
+    return tag("p", f"Sweep {sweep.name}: ", *words[:-1]) if options else Html("")
 
 
 def _words(value: Any) -> str:
@@ -262,7 +256,7 @@ def _words(value: Any) -> str:
 
 
 def _notes(records: Sequence[Record], sweeps: Sequence[SweepRecord]) -> Html:
-    """A line for each run that is unfinished or damaged; after all else has been read."""
+    """A line for each run that is unfinished or damaged. Called last, because reading the pictures may find more damage."""
     lines = [f"{record.name}: {'; '.join(record.notes)}" for record in records if record.notes]
     lines += [f"{sweep.name}: {'; '.join(sweep.damage)}" for sweep in sweeps if sweep.damage]
     return tag("ul", *(tag("li", line, cls="warn") for line in lines), cls="plain") if lines else Html("")

@@ -243,9 +243,9 @@ def states_of(run: Path) -> dict[Path, TrainState]:
 
 def _check_network(folder: Path, meta: Meta, ours: ModelConfig, data: str = "") -> None:
     """Raise ValueError with the differing settings if the checkpoint holds another network or, if both are known, data set."""
-    perturbed = marked("perturbed")
+    may_differ = marked("perturbed") | marked("resumable")
     theirs, wanted = (
-        {name: value for name, value in config.flat().items() if name.startswith("model.") and name not in perturbed}
+        {name: value for name, value in config.flat().items() if name.startswith("model.") and name not in may_differ}
         for config in (config_of(folder, meta), Config.of(model=ours))
     )
     if data and meta.data:

@@ -1,1 +1,1 @@
-"""Sweeps and grids: everything that imports Ray Tune."""
+"""Sweeps with Ray Tune, and the table of ways and shots."""

@@ -1,1 +1,1 @@
-"""The mirror of a run on Weights & Biases."""
+"""Weights & Biases: a copy of each run, and a dashboard."""

@@ -1,4 +1,4 @@
-"""What W&B shows of a run besides its rows: pictures, tables, histograms, its summary, and artifacts with their lineage."""
+"""What W&B shows of a run besides its rows: pictures, tables, histograms, the summary, and artifacts with their lineage."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from lgm_dist.config import Config
+from lgm_dist.runs.files import read_json
 
 DONE = "train/steps"
-"""The summary's key that tells how many steps the run had when its end was sent; the last thing to be sent."""
+"""Key of the summary that is sent last: the number of steps that the finished run had."""
 UPLOAD_SECONDS = 300.0
-"""The longest that the end of a run waits for an upload."""
+"""Longest time that the end of a run waits for an upload."""
 
 
 def panels(run: Path, analysis: dict[str, Any], charts: bool = True) -> dict[str, Any]:
     """The pictures in a finished run's folder, and the tables and histograms of its analysis.json.
 
-    Without `charts`, the confusion matrix is a plain table, as a summary holds it.
+    Without `charts`, the confusion matrix is a plain table, because a summary cannot hold a chart.
     """
     import wandb
 
@@ -34,26 +35,29 @@ def panels(run: Path, analysis: dict[str, Any], charts: bool = True) -> dict[str
 
 
 def evaluation(data: str, results: list[dict[str, Any]]) -> tuple[Any, dict[str, float]]:
-    """The table of a grid of evaluations, a line for each way to decide, and each cell's own accuracy for the summary."""
+    """A table of evaluations, and their accuracies for the summary.
+
+    The table has a line for each way to use the noise draws. The summary has only the protocol's own way.
+    """
     lines: list[dict[str, Any]] = []
     cells: dict[str, float] = {}
-    for found in results:
-        shown = {"data": data} | {key: value for key, value in found.items() if key != "scores"}
-        lines += [shown | {"noise": noise} | score for noise, score in found["scores"].items()]
-        cell = f"{found['split']}/{found['protocol']}/{found['ways']}w{found['shot']}s"
-        cells |= {f"{cell}/{name}": value for name, value in next(iter(found["scores"].values())).items()}
+    for result in results:
+        shown = {"data": data} | {key: value for key, value in result.items() if key != "scores"}
+        lines += [shown | {"noise": noise} | score for noise, score in result["scores"].items()]
+        cell = f"{result['split']}/{result['protocol']}/{result['ways']}w{result['shot']}s"
+        cells |= {f"{cell}/{name}": value for name, value in next(iter(result["scores"].values())).items()}
     return _table(lines), cells
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """result.json for the summary, where step and val/accuracy are the rows' own, and DONE comes last."""
+    """result.json for the summary. Keys that the rows have too are renamed, and DONE comes last."""
     chosen = {"step": "best/step", "val/accuracy": "best/accuracy", "val/ci95": "best/ci95"}
     renamed = {chosen.get(key, key): value for key, value in result.items() if key not in ("ways", "shot", DONE)}
     return renamed | {DONE: result[DONE]}
 
 
 def data_artifact(facts: dict[str, Any]) -> Any:
-    """The manifest that the run was trained with, or, where it is not there any more, its place and digest; never images."""
+    """The manifest that the run was trained with, or its path and digest if the file has changed. Never images."""
     import wandb
 
     path, digest = Path(facts["manifest"]), facts["manifest_digest"]
@@ -67,7 +71,7 @@ def data_artifact(facts: dict[str, Any]) -> Any:
 
 
 def model_artifact(wandb_id: str, config: Config, checkpoint: Path, result: dict[str, Any]) -> Any:
-    """A checkpoint's files, where they lie. The same files are the same version of it, whichever W&B run names them."""
+    """The files of a checkpoint, not copied. Equal files are the same version of the artifact in all W&B runs."""
     import wandb
 
     figures = {key: result[key] for key in ("step", "val/accuracy", "val/ci95", "ways", "shot") if key in result}
@@ -79,30 +83,29 @@ def model_artifact(wandb_id: str, config: Config, checkpoint: Path, result: dict
 
 
 def use(tracked: Any, artifact: Any) -> None:
-    """Notes the artifact as an input of the W&B run, logging it where W&B does not have it.
+    """Make the artifact an input of the W&B run, and log it if W&B does not have it.
 
-    As `use_artifact`, which refuses to work offline.
+    `use_artifact` would do that, but it refuses to work offline.
     """
     wait(tracked, tracked._log_artifact(artifact, is_user_created=True, use_after_commit=True))
 
 
 def wait(tracked: Any, artifact: Any) -> None:
-    """Until the artifact is uploaded."""
+    """Wait until the artifact is uploaded."""
     if not tracked.offline:
         artifact.wait(timeout=UPLOAD_SECONDS)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """{} where the file is not there, or not whole yet."""
+def read_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file does not exist or is damaged."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        return read_json(path)
     except (FileNotFoundError, ValueError):
         return {}
-    return values
 
 
 def _weights(weights: dict[str, Any]) -> dict[str, Any]:
-    """The embedding of the generated weights and their histograms; nothing of a network that has diverged."""
+    """The embedding of the generated weights and their histograms; empty if the analysis has no weights."""
     import wandb
 
     if not weights:
@@ -123,7 +126,7 @@ def _confusion(analysis: dict[str, Any], charts: bool) -> Any:
 
     names, counts = analysis["classes"], analysis["confusion"]
     pairs = [(a, b, counts[i][j]) for i, a in enumerate(names) for j, b in enumerate(names) if counts[i][j]]
-    columns = ("Actual", "Predicted", "nPredictions")  # as the chart wants them
+    columns = ("Actual", "Predicted", "nPredictions")  # the names that the chart needs
     table = _table([dict(zip(columns, pair, strict=True)) for pair in pairs])
     return wandb.plot_table("wandb/confusion_matrix/v1", table, {c: c for c in columns}) if charts else table
 
@@ -135,5 +138,5 @@ def _table(lines: list[dict[str, Any]]) -> Any:
 
 
 def _name(words: str) -> str:
-    """`words` as an artifact may be called."""
+    """`words` as a valid name of an artifact."""
     return re.sub(r"[^\w.-]", "-", words, flags=re.ASCII)[:100]

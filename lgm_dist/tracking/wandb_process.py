@@ -1,4 +1,4 @@
-"""W&B's own process, which Python talks to, and the files that it writes offline."""
+"""W&B's service process, the files that it writes offline, and whether W&B is online."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from lgm_dist.tracking.panels import DONE
 
 
 def wandb_mode(config: Config) -> str:
-    """online, offline or disabled: what the configuration says.
+    """online, offline or disabled.
 
-    auto is disabled if wandb is not installed, else what WANDB_MODE says, else online with an account and offline without.
+    The configuration decides. If it says auto: disabled if wandb is not installed, otherwise what WANDB_MODE says, otherwise
+    online with an account and offline without.
     """
-    if config.run.wandb == "auto" and not installed("wandb"):
-        return "disabled"
-    if os.environ.get("WANDB_MODE") and config.run.wandb == "auto":
-        return os.environ["WANDB_MODE"]
     if config.run.wandb != "auto":
         return config.run.wandb
+    if not installed("wandb"):
+        return "disabled"
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
     try:
         from wandb.sdk.lib import wbauth
-    except ImportError:  # a broken installation, which the Mirror then says
+    except ImportError:  # a broken installation, which the Mirror reports
         return "offline"
     host = wbauth.HostUrl(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     return "online" if os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=host) else "offline"
 
 
 def held_steps(run: Path, wandb_id: str) -> tuple[list[int], int]:
-    """The rows' steps in the offline files of earlier starts, and DONE. A killed process left its file without its tail, or
-    none."""
+    """The steps of the rows in the offline files of earlier starts, and DONE.
+
+    The file of a killed process lacks its last rows, or does not exist.
+    """
     steps: list[int] = []
     done = 0
     for file in sorted(run.glob(f"wandb/offline-run-*-{wandb_id}/*.wandb")):
@@ -50,18 +53,18 @@ def held_steps(run: Path, wandb_id: str) -> tuple[list[int], int]:
 
 
 def service_ended(error: Exception) -> bool:
-    """Whether an exception says that W&B's process is gone; its own kinds of exception are not public."""
+    """Return True if the error says that W&B's process has ended. The classes of these errors are not public."""
     kinds = ("HandleAbandonedError", "MailboxClosedError", "WandbServiceConnectionError")
     return isinstance(error, ConnectionError) or type(error).__name__ in kinds
 
 
 def forget_service(service: str) -> None:
-    """W&B's service is gone, as after `ray job stop`, which ends it too: else W&B fails once more at exit, with a traceback.
+    """Forget a service that has ended, for example by `ray job stop`. Otherwise W&B fails again at exit, with a traceback.
 
-    Another run of this process may have replaced it already.
+    Another run of this process may have started a new service already.
     """
     if os.environ.get("WANDB_SERVICE", service) == service:
-        # it would exit with the status of the process that was killed; where it cannot even be imported, there is none
+        # teardown exits with the status of the killed process, and there is nothing to tear down if wandb does not import
         with contextlib.suppress(Exception, SystemExit):
             import wandb
 
@@ -70,7 +73,12 @@ def forget_service(service: str) -> None:
 
 
 def leave_service() -> None:
-    """Forgets the W&B service of a parent process, which would outlive this one and keep its runs' ids in use after a kill."""
-    owner = os.environ.get("WANDB_SERVICE", "").split("-")[1:2]  # version-pid-kind-place
+    """Forget the W&B service of a parent process. It would outlive this process and keep the ids of its runs in use."""
+    owner = os.environ.get("WANDB_SERVICE", "").split("-")[1:2]  # version-pid-kind-address
     if owner != [str(os.getpid())]:
         os.environ.pop("WANDB_SERVICE", None)
+
+
+def sentence_of(error: Exception) -> str:
+    """An error on one line, with its class."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from spaces import images_per_step
 
 from lgm_dist.cluster import connection as ray_cluster
 from lgm_dist.cluster import fit as ray_train
@@ -20,9 +17,12 @@ from lgm_dist.data import ImageBank, open_bank
 from lgm_dist.data.prepare import ensure_manifest
 from lgm_dist.errors import RunFailed
 from lgm_dist.runs.checkpoint import best, load_model
+from lgm_dist.runs.files import read_json, write_json
 from lgm_dist.runs.folder import CONFIG, RESULT, read_result
 from lgm_dist.runs.job import device_of, make_job, open_banks, threads_of
+from lgm_dist.sweeps.spaces import images_per_step
 from lgm_dist.training.evaluation import evaluate
+from lgm_dist.training.loop import total_steps
 from lgm_dist.training.worker import Worker
 
 CROSS = "cross.json"
@@ -30,21 +30,24 @@ CROSS = "cross.json"
 
 
 def run_of(cell: Config) -> Path:
-    """The folder of a cell's run."""
+    """Folder of a cell's run."""
     return Path(cell.run.storage) / cell.run.name
 
 
 def finished(cell: Config) -> bool:
-    """Whether the cell's run has trained to its end and was evaluated."""
+    """Return True if the cell's run has trained to its last step and was evaluated."""
     run = run_of(cell)
-    return (run / RESULT).exists() and bool(read_result(run)["train/steps"] == cell.episodes.steps)
+    return (run / RESULT).exists() and bool(read_result(run)["train/steps"] == total_steps(cell))
 
 
 def check(cells: list[Config]) -> None:
-    """Raises ValueError for the first cell that the data cannot give or that was begun otherwise; then claims their folders."""
+    """Check all cells, then make their folders.
+
+    Raises ValueError for the first cell for which the data set is too small, or that was started with other settings.
+    """
     folder = Path(cells[0].run.storage)
     if (folder / CONFIG).exists():
-        raise ValueError(f"{folder} holds a single run, and a table needs a folder of its own; give another --name")
+        raise ValueError(f"{folder} is the folder of a single run; give the table another --name")
     manifest = ensure_manifest(cells[0].data.name, cells[0].data.root, cells[0].data.source)
     for cell in cells:
         try:
@@ -56,16 +59,16 @@ def check(cells: list[Config]) -> None:
 
 
 def train(cells: list[Config]) -> None:
-    """Trains the cells that are not finished. Raises RunFailed, with the cell's name, for the first that fails."""
+    """Train the cells that are not finished. Raises RunFailed with the name of the first cell that fails."""
     first = cells[0].episodes.steps * images_per_step(cells[0])
     with _one_ray(cells):
         for number, cell in enumerate(cells, 1):
             sys.stdout.write(f"cell {number} of {len(cells)}: {cell.run.name}, ")
             if finished(cell):
-                sys.stdout.write("finished before\n")
+                sys.stdout.write("already finished\n")
                 continue
             cost = cell.episodes.steps * images_per_step(cell) / first
-            sys.stdout.write(f"{cell.episodes.steps:,} steps, {cost:.2f} times the training images of the first\n")
+            sys.stdout.write(f"{cell.episodes.steps:,} steps, {cost:.2f} times the training images of the first cell\n")
             sys.stdout.flush()
             try:
                 ray_train.fit(cell, group=Path(cell.run.storage).name)
@@ -75,7 +78,7 @@ def train(cells: list[Config]) -> None:
 
 @contextmanager
 def _one_ray(cells: list[Config]) -> Iterator[None]:
-    """A Ray for all cells, so that its start is paid once; none where all is done or trained in this process."""
+    """One Ray for all cells, so that it starts once; none if all cells are finished or train in this process."""
     config = cells[0]
     if not config.run.workers or all(finished(cell) for cell in cells):
         yield
@@ -90,7 +93,7 @@ def _one_ray(cells: list[Config]) -> Iterator[None]:
 
 
 def cross_evaluate(cells: list[Config]) -> None:
-    """Evaluates the network of each cell on the test episodes of all others, keeping each score in the run's folder."""
+    """Evaluate the network of each cell on the test episodes of all others. Each score is kept in the run's folder."""
     manifest = ensure_manifest(cells[0].data.name, cells[0].data.root, cells[0].data.source)
     bank = open_bank(manifest, "test", cells[0].data.cache)
     for cell in cells:
@@ -107,17 +110,14 @@ def _evaluate_on(cell: Config, others: list[Config], bank: ImageBank) -> None:
         sys.stdout.write(f"{cell.run.name} on the episodes of {other.run.name}\n")
         sys.stdout.flush()
         episodes = trained.replace(ways=other.episodes.ways, shot=other.episodes.shot)
-        found = evaluate(model, bank, episodes, "test", cell.episodes.test_episodes, worker=Worker(device=device))
-        scores = _kept(cell, state.step) | {
-            other.run.name: dataclasses.asdict(found.score) | {"episodes": found.episodes}
-        }
-        beside = run_of(cell) / f".{CROSS}.new"
-        beside.write_text(json.dumps({"step": state.step, "scores": scores}, indent=1) + "\n")
-        beside.replace(run_of(cell) / CROSS)
+        result = evaluate(model, bank, episodes, "test", cell.episodes.test_episodes, worker=Worker(device=device))
+        score = dataclasses.asdict(result.score) | {"episodes": result.episodes}
+        scores = _kept(cell, state.step) | {other.run.name: score}
+        write_json(run_of(cell) / CROSS, {"step": state.step, "scores": scores})
 
 
 def cross_scores(cell: Config) -> dict[str, dict[str, Any]]:
-    """What a finished cell's network reaches on the test episodes of the cells, by their names; on its own by result.json."""
+    """Scores of a finished cell's network on the test episodes of the cells, by cell name. Its own is that of result.json."""
     if not finished(cell):
         return {}
     result = read_result(run_of(cell))
@@ -126,7 +126,7 @@ def cross_scores(cell: Config) -> dict[str, dict[str, Any]]:
 
 
 def _kept(cell: Config, step: int) -> dict[str, dict[str, Any]]:
-    """The scores of earlier evaluations of the checkpoint of this step."""
+    """The scores that were kept for the checkpoint of this step."""
     path = run_of(cell) / CROSS
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = read_json(path) if path.exists() else {}
     return dict(kept["scores"]) if kept.get("step") == step else {}

@@ -1,4 +1,4 @@
-"""What happens in the sweep's driver while trials run: their status on disk, a live table, and their W&B runs."""
+"""What the sweep's driver does while trials run: it writes their status, prints a table, and keeps their W&B runs open."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
-from trial import Plan, identify
 
-from lgm_dist.console import table
+from lgm_dist.console import percent, table
 from lgm_dist.errors import RunFailed
 from lgm_dist.runs.folder import read_config
-from lgm_dist.runs.sweep_folder import Trial, read_sweep, read_trial, write_trial
+from lgm_dist.runs.sweep_folder import TRIAL, Trial, read_sweep, read_trial, write_trial
+from lgm_dist.sweeps.plan import Plan, identify
+from lgm_dist.sweeps.ranking import short
 from lgm_dist.tracking.mirror import Mirror
+from lgm_dist.training.loop import total_steps
 
 REDRAW_SECONDS = {True: 2.0, False: 30.0}
-"""Between two tables, on a terminal and into a file."""
+"""Time between two tables: on a terminal, and into a file."""
 
 
 class Live(tune.Callback):
-    """Hears from Ray Tune of every trial. Pickled with Tune's own state, so it holds plain values until trials run."""
+    """Follows the trials. Ray Tune pickles it with its own state, so W&B runs and threads stay out of the pickle."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -36,10 +38,10 @@ class Live(tune.Callback):
         return {**self.__dict__, "_mirrors": {}, "_closing": [], "_drawn": 0.0, "_lines": 0}
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Opens the trial's W&B run, which outlives the trial's processes."""
+        """Open the trial's W&B run, which outlives the trial's processes."""
         number, sample = identify(trial.trial_id, trial.config)
         if number in self._mirrors:
-            return  # paused and taken up again
+            return  # the trial was paused and continues
         run = self._plan.run_of(number)
         run.mkdir(parents=True, exist_ok=True)
         config = self._plan.config_of(number, sample)
@@ -50,44 +52,44 @@ class Live(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Draws the table anew, not too often."""
+        """Print the table, if the last one is old enough."""
         self.draw()
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Settles whether the trial trained to its end or was stopped."""
+        """Note whether the trial has finished or was stopped."""
         self._end(trial, "")
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Its retries are used up."""
+        """Note that the trial has failed for the last time."""
         self._end(trial, str(trial.get_error()) if trial.get_error() else "its process died")
 
     def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
-        """Closes W&B runs of trials that an interrupt has left unfinished."""
+        """Close the W&B runs of trials that an interrupt has left unfinished."""
         self.close()
 
     def close(self) -> None:
-        """Closes all W&B runs; their trials were cut off."""
+        """Close all W&B runs that are still open, as failed."""
         while self._mirrors:
-            cut_off = RunFailed("the sweep ended before the trial")
-            self._mirrors.popitem()[1].__exit__(RunFailed, cut_off, None)
+            error = RunFailed("the sweep ended before the trial")
+            self._mirrors.popitem()[1].__exit__(RunFailed, error, None)
         for closing in self._closing:
             closing.join()
 
     def _end(self, trial: TuneTrial, error: str) -> None:
         number, sample = identify(trial.trial_id, trial.config)
         run = self._plan.run_of(number)
-        ours = read_trial(run) if (run / "trial.json").exists() else Trial(number, run, sample, "failed", error, [])
-        status = "failed" if error else status_of_trial(ours)
-        write_trial(dataclasses.replace(ours, status=status, error=_last_line(error)))
+        known = read_trial(run) if (run / TRIAL).exists() else Trial(number, run, sample, "failed", error, [])
+        status = "failed" if error else status_of_trial(known)
+        write_trial(dataclasses.replace(known, status=status, error=_last_line(error)))
         mirror = self._mirrors.pop(number, None)
-        if mirror:  # sending its end takes seconds, for which Tune would keep a core idle
+        if mirror:  # in a thread, because the upload takes seconds and Tune would start no trial meanwhile
             closing = threading.Thread(target=mirror.__exit__, args=(None, None, None))
             closing.start()
             self._closing.append(closing)
         self.draw(force=True)
 
     def draw(self, force: bool = False) -> None:
-        """Prints the table of trials; on a terminal over the last one."""
+        """Print the table of trials; on a terminal, in place of the last one."""
         terminal = sys.stderr.isatty()
         if time.monotonic() - self._drawn < REDRAW_SECONDS[terminal] and not (force and terminal):
             return
@@ -100,8 +102,8 @@ class Live(tune.Callback):
 
 
 def status_of_trial(trial: Trial) -> str:
-    """finished, or stopped before its last step."""
-    return "finished" if trial.rows and trial.rows[-1]["step"] >= read_config(trial.run).episodes.steps else "stopped"
+    """finished, or stopped if the trial has not trained to its last step."""
+    return "finished" if trial.rows and trial.rows[-1]["step"] >= total_steps(read_config(trial.run)) else "stopped"
 
 
 def _last_line(error: str) -> str:
@@ -110,10 +112,10 @@ def _last_line(error: str) -> str:
 
 
 def live_table(plan: Plan) -> str:
-    """Every trial so far: status, step, newest and best accuracy, time, sample."""
-    sweep = read_sweep(plan.path)
+    """Status, step, last and best val accuracy, time and sample of every trial so far."""
+    trials = read_sweep(plan.path).trials
     header = ("trial", "status", "step", "val accuracy", "best", "minutes", "sample")
-    text = table(header, [_row(trial) for trial in sweep.trials])
+    text = table(header, [_row(trial) for trial in trials])
     if sys.stderr.isatty():  # a wrapped line would put the next table in the wrong place
         columns = shutil.get_terminal_size().columns
         text = "".join(line[: columns - 1] + "\n" for line in text.splitlines())
@@ -121,23 +123,13 @@ def live_table(plan: Plan) -> str:
 
 
 def _row(trial: Trial) -> tuple[str, ...]:
-    sample = (trial.exploits[-1] if trial.exploits else {"sample": trial.sample})["sample"]
-    words = ", ".join(f"{path}={_short(value)}" for path, value in sample.items())
     rows, evaluations = trial.rows, trial.evaluations
     return (
         str(trial.number),
         trial.status,
         str(rows[-1]["step"]) if rows else "",
-        _percent(evaluations[-1] if evaluations else None),
-        _percent(trial.best),
+        percent(evaluations[-1]["val/accuracy"], evaluations[-1]["val/ci95"]) if evaluations else "",
+        percent(trial.best.val_accuracy, trial.best.val_ci95) if trial.best else "",
         f"{rows[-1]['seconds'] / 60:.1f}" if rows else "",
-        words,
+        ", ".join(f"{path}={short(value)}" for path, value in trial.sample_at().items()),
     )
-
-
-def _percent(row: dict[str, Any] | None) -> str:
-    return f"{100 * row['val/accuracy']:.2f} ± {100 * row['val/ci95']:.2f} %" if row else ""
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fabricated import write_state, write_trial
+from helpers.fabricated import write_state, write_trial
 
 from lgm_dist.config import Config
 from lgm_dist.runs.checkpoint_files import TrainState

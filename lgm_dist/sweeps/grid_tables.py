@@ -1,25 +1,24 @@
-"""The ways × shots table as Markdown, CSV, LaTeX and JSON, from the folders of its cells' runs."""
+"""The ways × shots table as Markdown, CSV, LaTeX and JSON, from the folders of the cells' runs."""
 
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grid_cells import cross_scores, finished, run_of
-from spaces import images_per_step
-
 from lgm_dist.config import Config
-from lgm_dist.console import leak_note, table
+from lgm_dist.console import leak_note, percent, table
+from lgm_dist.runs.files import read_json, write_json
 from lgm_dist.runs.folder import FACTS, read_result
+from lgm_dist.sweeps.grid_cells import cross_scores, finished, run_of
+from lgm_dist.sweeps.spaces import images_per_step
 
 MISSING = "—"
 HEADER = (
     *("episodes", "test accuracy", "chance", "val accuracy", "episodes trained on", "images trained on"),
-    *("time", "memory a worker", "protocol"),
+    *("time", "peak memory per worker", "protocol"),
 )
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -35,7 +34,13 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 
 
 def report(cells: list[Config], cross: bool, command: str) -> None:
-    """Prints the table of the finished cells and writes table.md, .csv, .tex and .json beside their runs; cross.csv too."""
+    """Print the table of the finished cells, and write table.md, .csv, .tex and .json, and with `cross` cross.csv.
+
+    Args:
+        cells: The configurations of all cells.
+        cross: Add the table of each network on the episodes of all cells.
+        command: The command line, for the record.
+    """
     cells = sorted(cells, key=lambda cell: (cell.episodes.ways, cell.episodes.shot))
     folder, rows = Path(cells[0].run.storage), [row_of(cell) for cell in cells]
     caption, origin = caption_of(cells, command)
@@ -50,12 +55,12 @@ def report(cells: list[Config], cross: bool, command: str) -> None:
     (folder / "table.md").write_text(markdown)
     (folder / "table.tex").write_text(f"% {origin}\n" + "\n".join(latex(*parts, caption) for parts in tables))
     _write_csv(folder / "table.csv", rows)
-    (folder / "table.json").write_text(json.dumps(values, indent=1) + "\n")
+    write_json(folder / "table.json", values)
     sys.stdout.write(f"written to {folder}/table.md, .csv, .tex and .json\n")
 
 
 def row_of(cell: Config) -> dict[str, Any]:
-    """What is known of a cell: result.json's figures (accuracies in 0 to 1) once it is finished."""
+    """A cell as plain values, with result.json (accuracies in 0 to 1) if it is finished."""
     row: dict[str, Any] = {
         "cell": cell.run.name,
         "protocol": cell.episodes.protocol,
@@ -69,28 +74,29 @@ def row_of(cell: Config) -> dict[str, Any]:
 
 
 def caption_of(cells: list[Config], command: str) -> tuple[str, str]:
-    """How the figures were measured and what they cannot be compared with; by which command, code and machine."""
+    """How the figures were measured, with the leak note; and by which command, commit and machine."""
     tested = f"{cells[0].episodes.test_episodes:,} test" if cells[0].episodes.test_episodes else "no test"
-    mean = f"Mean and 95 % interval over {tested} and {cells[0].episodes.eval_episodes:,} val episodes; checkpoint best on val."
-    facts = [json.loads((run_of(cell) / FACTS).read_text()) for cell in cells if finished(cell)]
+    val = f"{cells[0].episodes.eval_episodes:,} val"
+    mean = f"Mean ± 95 % interval over {tested} and {val} episodes, checkpoint with the best val accuracy."
+    facts = [read_json(run_of(cell) / FACTS) for cell in cells if finished(cell)]
     where = {f"commit {fact['commit'] or 'unknown'}, {fact['device']} ({fact['machine']})" for fact in facts}
     origin = " ".join(f"`{command}`: {'; '.join(sorted(where)) or 'no cell is finished'}".split())
-    memory = "" if cells[0].run.workers else "Memory is the most that this process had so far, with earlier cells."
+    memory = "" if cells[0].run.workers else "Memory is the peak of this process so far, earlier cells included."
     return " ".join(
         note for note in (mean, memory, *leak_note(cells[0].episodes.protocol).splitlines()) if note
     ), origin
 
 
 def cross_table(cells: list[Config]) -> Table:
-    """The cells' networks down, the cells' test episodes across."""
+    """A row per network, a column per kind of test episode."""
     rows: list[Sequence[str]] = []
     for cell in cells:
         scores = cross_scores(cell)
-        found = (scores.get(other.run.name) for other in cells)
+        row = (scores.get(other.run.name) for other in cells)
         rows.append(
             [
                 _named(cell.episodes.ways, cell.episodes.shot),
-                *(_score(**score) if score else MISSING for score in found),
+                *(percent(score["accuracy"], score["ci95"]) if score else MISSING for score in row),
             ]
         )
     rows.append(["chance", *(_chance(cell.episodes.ways) for cell in cells)])
@@ -98,20 +104,24 @@ def cross_table(cells: list[Config]) -> Table:
 
 
 def cross_rows(cells: list[Config]) -> Rows:
-    """The same as one row for each pair of cells that was evaluated."""
-    pairs = [(cell, other.run.name) for cell in cells for other in cells]
-    found = {(cell.run.name, other): cross_scores(cell).get(other) for cell, other in pairs}
-    return [{"trained_on": cell, "evaluated_on": other, **score} for (cell, other), score in found.items() if score]
+    """A row per evaluated pair of cells."""
+    rows = []
+    for cell in cells:
+        scores = cross_scores(cell)
+        for name in (other.run.name for other in cells):
+            if name in scores:
+                rows.append({"trained_on": cell.run.name, "evaluated_on": name, **scores[name]})
+    return rows
 
 
 def texts(row: dict[str, Any]) -> Sequence[str]:
-    """A row of the table for reading, in the order of HEADER."""
+    """A row of the printed table, in the order of HEADER."""
     trained = [MISSING] * 4
     if "train/images" in row:
         trained = [f"{row['train/episodes']:,}", f"{row['train/images']:,}"]
         trained += [f"{row['train/seconds'] / 60:.1f} min", f"{row['memory/peak_bytes'] / 2**30:.2f} GiB"]
     test, val = (
-        _score(row[f"{split}/accuracy"], row[f"{split}/ci95"]) if f"{split}/accuracy" in row else MISSING
+        percent(row[f"{split}/accuracy"], row[f"{split}/ci95"]) if f"{split}/accuracy" in row else MISSING
         for split in ("test", "val")
     )
     protocol = "paper: LEAKS THE LABEL" if row["leaks_label"] else row["protocol"]
@@ -119,7 +129,7 @@ def texts(row: dict[str, Any]) -> Sequence[str]:
 
 
 def latex(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """A table for \\usepackage{booktabs}, and below it what must be said of its figures."""
+    """A LaTeX table for \\usepackage{booktabs}, with the caption below it."""
     first, *lines = [" & ".join(_escaped(text) for text in row) + r" \\" for row in [header, *rows]]
     begin = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", first, r"\midrule"]
     end = [r"\bottomrule", r"\end{tabular}", rf"\par\smallskip{{\footnotesize {_escaped(caption)}\par}}"]
@@ -139,7 +149,7 @@ def _write_csv(path: Path, rows: Rows) -> None:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as a spreadsheet wants it: shares as percent, and named so; test/accuracy becomes test_accuracy_percent."""
+    """A row for a spreadsheet: shares in %, with that in the name; test/accuracy becomes test_accuracy_percent."""
     shares = ("accuracy", "ci95", "chance")
     names = {name: name.replace("/", "_") + "_percent" * name.endswith(shares) for name in row}
     return {names[name]: round(100 * row[name], 4) if name.endswith(shares) else row[name] for name in row}
@@ -151,7 +161,3 @@ def _named(ways: int, shot: int) -> str:
 
 def _chance(ways: int) -> str:
     return f"{100 / ways:.3g} %"
-
-
-def _score(accuracy: float, ci95: float, **_: Any) -> str:
-    return f"{100 * accuracy:.2f} ± {100 * ci95:.2f} %"

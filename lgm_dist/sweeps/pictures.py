@@ -1,4 +1,4 @@
-"""The pictures of a sweep: parallel coordinates, importance of its parameters, accuracy against time."""
+"""The pictures of a sweep: parallel coordinates, importance of the settings, accuracy against time."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ import numpy.typing as npt
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-from ranking import FORESTS, Level, best_percent, importances, leak, levels, place, sample_of, short, space_of, ticks
-from spaces import Choice, Param
 
 from lgm_dist.runs.sweep_folder import Sweep
+from lgm_dist.sweeps.ranking import (
+    FORESTS,
+    Level,
+    best_percent,
+    importances,
+    leak,
+    levels,
+    place,
+    sample_of,
+    short,
+    space_of,
+    ticks,
+)
+from lgm_dist.sweeps.spaces import Choice, Param
 
 PARALLEL, IMPORTANCE, TIME = "parallel.png", "importance.png", "time.png"
 ENOUGH = 10
-"""Trials below which importances mean little."""
+"""With fewer trials, importances mean little."""
 
 
 def draw(sweep: Sweep) -> list[Path]:
-    """Draws into the sweep's folder those of `PICTURES` for which enough trials were evaluated; returns their paths."""
-    return [picture(sweep) for picture, needed in PICTURES.values() if len(sweep.ranked) >= needed]
+    """Draw the pictures for which enough trials were evaluated into the sweep's folder, and return their paths."""
+    return [plot(sweep) for plot, needed in PLOTS if len(sweep.ranked) >= needed]
 
 
 def _title(sweep: Sweep) -> str:
@@ -33,13 +45,13 @@ def _title(sweep: Sweep) -> str:
 
 
 def parallel(sweep: Sweep) -> Path:
-    """A line a trial through its values to its best accuracy, the best on top; thin and dashed where not trained to its end."""
+    """A line per trial, through its values to its best accuracy. Unfinished trials are thin and dashed, the winner is thick."""
     space, trials = space_of(sweep), sweep.ranked
     low, high = best_percent(trials[-1]), best_percent(trials[0])
     low, high = (low, high) if low < high else (low - 1, high + 1)
     figure, axes = plt.subplots(figsize=(max(1.6 * len(space) + 3.2, 7), 5.2), layout="constrained")
     for rank, trial in reversed(list(enumerate(trials))):
-        fan = 0.5 - rank / (len(trials) - 1)  # sets trials that share a choice apart, by rank
+        fan = 0.5 - rank / (len(trials) - 1)  # separates trials that share a choice, by rank
         heights = [_height(param, sample_of(trial).get(path), fan) for path, param in space.items()]
         score = (best_percent(trial) - low) / (high - low)
         done = trial.status == "finished"
@@ -64,7 +76,7 @@ def parallel(sweep: Sweep) -> Path:
 
 
 NOT_USED = -0.12
-"""Height of a trial on the axis of a parameter that it does not have."""
+"""Height of a trial on the axis of a setting that it does not have."""
 
 
 def _height(param: Param, value: Any, fan: float) -> float:
@@ -74,7 +86,7 @@ def _height(param: Param, value: Any, fan: float) -> float:
 
 
 def _smooth(heights: list[float]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """A line that is level where it meets an axis, so that the eye can follow it across."""
+    """A curve that is level at each axis, so that the eye can follow it."""
     x = np.linspace(0, len(heights) - 1, 40 * (len(heights) - 1) + 1)
     left = np.minimum(x.astype(int), len(heights) - 2)
     t, y = x - left, np.array(heights)
@@ -91,19 +103,19 @@ def _axis(axes: Any, x: int, name: str, ticks: dict[str, float], align: str = "r
 
 
 def importance(sweep: Sweep) -> Path:
-    """Left, how much each parameter explains; right, mean accuracy by value."""
-    found, by_value, count = importances(sweep), levels(sweep), len(sweep.ranked)
+    """How much each setting explains (left), and mean accuracy by value (right)."""
+    ranking, by_value, count = importances(sweep), levels(sweep), len(sweep.ranked)
     height = max(0.3 * sum(len(group) + 1 for group in by_value.values()), 3) + 1.2
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), layout="constrained")
-    names = [f"{i.path} (n = {i.trials}{', where it is used' if i.trials < count else ''})" for i in found]
-    colours = ["C0" if i.trials >= ENOUGH else "#c6d9ea" for i in found]
-    shares, spreads = ([100 * value for value in values] for values in zip(*[i[2:] for i in found], strict=True))
+    names = [f"{i.path} (n = {i.trials}{', where it is used' if i.trials < count else ''})" for i in ranking]
+    colours = ["C0" if i.trials >= ENOUGH else "#c6d9ea" for i in ranking]
+    shares, spreads = ([100 * value for value in values] for values in zip(*[i[2:] for i in ranking], strict=True))
     left.barh(names, shares, xerr=spreads, color=colours, capsize=3)
     left.invert_yaxis()
     left.set(xlabel=f"variance of val accuracy that it explains alone (%)\nfANOVA, mean ± s over {FORESTS} forests")
     left.set_xlim(0, 105)
     hint = f"\npale: of under {ENOUGH} trials, too few to rank parameters, a hint at best"
-    few = any(i.trials < ENOUGH for i in found)
+    few = any(i.trials < ENOUGH for i in ranking)
     left.set_title(f"Importance, from {count} trials{hint if few else ''}", fontsize=10)
     _effects(right, by_value)
     figure.suptitle(_title(sweep), fontsize=11)
@@ -111,7 +123,7 @@ def importance(sweep: Sweep) -> Path:
 
 
 def _effects(axes: Any, by_value: dict[str, list[Level]]) -> None:
-    """A row a value: its trials as pale dots, their mean with its interval."""
+    """A row per value: its trials as pale dots, and their mean with its interval."""
     names: list[str] = []
     for path, group in by_value.items():
         names.append(path)
@@ -159,9 +171,9 @@ STYLES: dict[str, dict[str, Any]] = {
     "stopped": {"color": "C7", "lw": 1, "marker": "X", "alpha": 0.8},
     "failed": {"color": "C3", "lw": 1, "marker": "X", "alpha": 0.8},
 }
-"""Of a trial's curve, by status; one that is unfinished for another reason looks like a stopped one."""
-PICTURES = {PARALLEL: (parallel, 2), IMPORTANCE: (importance, 2), TIME: (time, 1)}
-"""By file: what draws it, and how many evaluated trials it needs."""
+"""Style of a trial's curve by its status. Other unfinished trials look like stopped ones."""
+PLOTS = ((parallel, 2), (importance, 2), (time, 1))
+"""Each function that draws a picture, and the number of evaluated trials that it needs."""
 
 
 def _save(figure: Any, path: Path) -> Path:

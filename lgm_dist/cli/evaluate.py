@@ -1,0 +1,104 @@
+"""`lgm-dist evaluate`: evaluate a trained run on episodes of other ways, shots, protocols or data."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from lgm_dist.config import Config, Protocol
+from lgm_dist.console import leak_note, table
+
+if TYPE_CHECKING:
+    from lgm_dist.training.evaluation import Evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateFlags:
+    """Evaluate the checkpoint of a run with the best val accuracy: mean accuracy over episodes and its 95 % interval."""
+
+    run: Positional[Path]
+    """Folder of the run, or one of its checkpoint folders."""
+    split: Literal["val", "test"] = "test"
+    """Classes to evaluate on."""
+    ways: Annotated[tuple[int, ...], arg(aliases=["-w"])] = ()
+    """Ways of the episodes, one or several numbers (default: as in the run)."""
+    shot: Annotated[tuple[int, ...], arg(aliases=["-s"])] = ()
+    """Shots of the episodes, one or several numbers (default: as in the run)."""
+    protocol: tuple[Protocol, ...] = ()
+    """standard, paper or both (default: as in the run). Each has its own augmentation and normalisation of images."""
+    episodes: int = 2000
+    """Number of episodes for each combination of protocol, ways and shots."""
+    draws: int | None = None
+    """Noise draws of the generated weights; 0 fixes the noise at its mean (default: 0 for standard, 1 for paper)."""
+    data: str = ""
+    """Another data set, by name or manifest (default: as in the run)."""
+    out: str = ""
+    """JSON file for the results (default: evaluation-SPLIT.json in the run's folder)."""
+    wandb: Literal["auto", "online", "offline", "disabled"] | None = None
+    """Weights & Biases, where an evaluation is a separate run (default: as in the run)."""
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate every combination, and print and write the results."""
+    flags = tyro.cli(EvaluateFlags, args=argv)
+    if flags.draws is not None and flags.draws < 0:
+        raise ValueError(f"draws ({flags.draws}) must be at least 0; 0 fixes the noise at its mean")
+    from lgm_dist.data import check_episodes, open_bank  # after parsing, because torch takes seconds to import
+    from lgm_dist.data.prepare import ensure_manifest
+    from lgm_dist.runs.checkpoint import best, load_model
+    from lgm_dist.runs.files import write_json
+    from lgm_dist.tracking.evaluations import log_evaluation
+    from lgm_dist.training.evaluation import evaluate
+
+    folder = flags.run if (flags.run / "state.pt").exists() else best(flags.run)
+    model, trained, state = load_model(folder)
+    config = trained.replace(data=flags.data or trained.data.name, test_episodes=flags.episodes, workers=0)
+    manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
+    bank = open_bank(manifest, flags.split, config.data.cache)
+    cells = cells_of(config, flags)
+    for cell in cells:
+        check_episodes(cell, flags.split, bank.name, bank.counts.tolist(), bank.classes)
+    evaluations = [evaluate(model, bank, cell, flags.split, flags.episodes, flags.draws) for cell in cells]
+
+    sys.stdout.write(f"{folder}, step {state.step}\n{table_of(bank.name, evaluations)}")
+    sys.stdout.write(leak_note("paper" if any(cell.episodes.protocol == "paper" for cell in cells) else "standard"))
+    out = Path(flags.out or (flags.run / f"evaluation-{flags.split}.json"))
+    results = [as_json(evaluation) for evaluation in evaluations]
+    write_json(out, {"checkpoint": str(folder), "data": bank.name, "results": results})
+    sys.stdout.write(f"written to {out}\n")
+    log_evaluation(trained.replace(wandb=flags.wandb or trained.run.wandb), folder, bank.name, results)
+
+
+def cells_of(config: Config, flags: EvaluateFlags) -> list[Config]:
+    """The configuration of each combination of protocol, ways and shots."""
+    return [
+        config.replace(protocol=protocol, eval_ways=ways, eval_shot=shot)
+        for protocol in flags.protocol or (config.episodes.protocol,)
+        for ways in flags.ways or (config.episode("test").ways,)
+        for shot in flags.shot or (config.episode("test").shot,)
+    ]
+
+
+def table_of(data: str, evaluations: Sequence[Evaluation]) -> str:
+    """A table with a row for each evaluation and each way to use the noise draws."""
+    header = ("data", "split", "protocol", "episodes", "noise", "accuracy", "n")
+    rows = []
+    for e in evaluations:
+        for method, score in e.scores.items():
+            noise = method if e.draws < 2 or method == "single draw" else f"{method} of {e.draws} draws"
+            size = f"{e.ways}-way {e.shot}-shot"
+            rows.append((data, e.split, e.protocol, size, noise, str(score), f"{e.episodes:,}"))
+    return table(header, rows)
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain values, without the accuracies of single episodes."""
+    names = ("split", "protocol", "ways", "shot", "episodes", "draws")
+    scores = {method: dataclasses.asdict(score) for method, score in evaluation.scores.items()}
+    return {name: getattr(evaluation, name) for name in names} | {"scores": scores}
