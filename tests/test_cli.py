@@ -123,8 +123,8 @@ def test_a_value_of_the_model_out_of_range(parse: Callable[[str], Config], capsy
     assert "norm_decay (2.0) must lie between 0 and 1" in f"{error.value} {capsys.readouterr().err}"
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    """Status, output and errors of lgm-dist in a process of its own; fails if that has loaded torch or Ray."""
+def run(*arguments: str, light: str = "numpy") -> tuple[int, str, str]:
+    """Status, output and errors of lgm-dist in another process; fails if that has loaded torch, Ray, W&B or `light`."""
     code = f"""
 import sys
 sys.argv = {["bin/lgm-dist", *arguments]}
@@ -132,7 +132,7 @@ from lgm_dist.cli.main import main
 try:
     sys.exit(main())
 finally:
-    assert not {{"torch", "ray", "wandb", "numpy"}} & sys.modules.keys()
+    assert not {{"torch", "ray", "wandb", {light!r}}} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr
@@ -200,7 +200,7 @@ def test_every_command_has_a_file() -> None:
 
 @pytest.mark.parametrize("name", [name for name in main.COMMANDS if find_spec(f"lgm_dist.cli.{name}")])
 def test_help_of_a_command_needs_neither_torch_nor_ray(name: str) -> None:
-    status, out, errors = run(name, "--help")
+    status, out, errors = run(name, "--help", light="matplotlib" if name == "prepare" else "numpy")  # it shows the sources
     assert (status, errors) == (0, "")
     assert re.search(rf"usage: lgm-dist {name}\b", out)
 

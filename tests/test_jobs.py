@@ -185,7 +185,7 @@ class TestOnAHeadNode:
         assert "ways 5 yes\n" in done.stdout
         assert done.stdout.endswith("bad FAILED\n")
         files = {line for line in done.stdout.splitlines() if (ROOT / line.strip()).is_file()}
-        assert {"scripts/train.py", "lgm_dist/data/fc100_split.json", "tune/spaces.py"} <= files
+        assert {"scripts/train.py", "lgm_dist/data/sources/fc100_split.json", "tune/spaces.py"} <= files
         folders = {line.split("/")[0] for line in done.stdout.splitlines() if re.fullmatch(r"[\w.]+/[\w./-]+", line)}
         assert folders == {"lgm_dist", "scripts", "tune"}
 

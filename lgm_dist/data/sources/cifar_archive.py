@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lgm_dist.extras import need
+
 FOLDER, ARCHIVE = "cifar-100-python", "cifar-100-python.tar.gz"
 
 
@@ -24,6 +26,7 @@ def read_archive(path: Path) -> dict[str, dict[str, Any]]:
     A record has `data`, an array (images, 3072) of uint8 (red, green and blue of 32 x 32 pixels), and the lists `filenames`,
     `fine_labels` and `coarse_labels`. Raises ValueError for a file that is not the official one.
     """
+    need("torchvision", "data", "to read the archive of CIFAR-100, whose checksums it knows")
     from torchvision.datasets import CIFAR100
 
     official = dict(CIFAR100.train_list + CIFAR100.test_list)
@@ -41,6 +44,7 @@ def read_archive(path: Path) -> dict[str, dict[str, Any]]:
 
 def download() -> Path:
     """The official archive in the user's cache folder, downloaded if it is not there yet. Raises ValueError if that fails."""
+    need("torchvision", "data", "to download CIFAR-100")
     from torchvision.datasets import CIFAR100
     from torchvision.datasets.utils import download_url
 

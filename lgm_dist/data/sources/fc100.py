@@ -25,6 +25,7 @@ from lgm_dist.data.png import encode
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 from lgm_dist.data.sources import register_source
 from lgm_dist.data.sources.cifar_archive import ARCHIVE, FOLDER, download, read_archive
+from lgm_dist.extras import need
 
 SHAPE = (32, 32, 3)
 USE = (
@@ -155,6 +156,7 @@ def _encode(data: npt.NDArray[np.uint8], row: int) -> bytes:
 
 
 def _parquet_part(path: Path) -> _Part:
+    need("pyarrow", "data", "to read parquet files")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

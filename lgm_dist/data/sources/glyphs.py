@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from lgm_dist.config import Split
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 from lgm_dist.data.sources import register_source
+from lgm_dist.extras import need
 
 ALPHABETS: dict[Split, str] = {
     "train": "ABDFGHKMNPQSTUVWYZaefghkmrtxæʒƕ" + "ΔΞΣΩΨαβδεζθλξω" + "БДЖЛФЦЧЪЫЭЮЯЂЉЊ",
@@ -143,6 +144,7 @@ def _upright(face: str, letter: str) -> tuple[Image.Image, int]:
 
 
 def _font_path(face: str) -> Path:
+    need("matplotlib", "data", "to draw the letters, whose fonts it ships")
     import matplotlib  # takes a while to import, and other sources do not need it
 
     return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
