@@ -200,7 +200,9 @@ def test_every_command_has_a_file() -> None:
 
 @pytest.mark.parametrize("name", [name for name in main.COMMANDS if find_spec(f"lgm_dist.cli.{name}")])
 def test_help_of_a_command_needs_neither_torch_nor_ray(name: str) -> None:
-    status, out, errors = run(name, "--help", light="matplotlib" if name == "prepare" else "numpy")  # it shows the sources
+    status, out, errors = run(
+        name, "--help", light="matplotlib" if name == "prepare" else "numpy"
+    )  # it shows the sources
     assert (status, errors) == (0, "")
     assert re.search(rf"usage: lgm-dist {name}\b", out)
 

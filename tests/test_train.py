@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
-    assert Config.from_dict(json.loads((finished / "config.json").read_text())).episodes.ways == 3
+    assert Config.from_dict(json.loads((finished / "config.json").read_text())).ways == 3
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if "val/accuracy" in row] == [4, 8, 12]
@@ -195,21 +196,50 @@ def ray_head() -> Iterator[None]:
     disconnect()
 
 
-TWO_WORKERS = {"workers": 2, "cpus_per_worker": 1, "steps_per_epoch": 4, "lr": 1e-6, "lr_min": 0.0}
+SLOW = {"lr": 1e-6, "lr_min": 0.0, "cpus_per_worker": 1}
+"""With so small a learning rate the losses of one and of two workers stay equal but for rounding."""
+
+
+@dataclass(frozen=True)
+class TwoWorkers:
+    """Four steps of two workers."""
+
+    config: Config
+    rows: list[dict[str, Any]]
+    world_size: int
+    sockets: set[tuple[str, int]]
 
 
 @pytest.fixture(scope="module")
-def without_private_names(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of two workers' training if Ray had none of the names in ray_internals: it would not call the overrides."""
+def two_workers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoWorkers:
+    """An elastic run, trained as if Ray had none of the names in ray_internals: it would not call the overrides."""
     from lgm_dist.cluster import ray_internals  # here, because it loads Ray
 
-    with pytest.MonkeyPatch.context() as patch:
+    elastic = config(tiny, tmp_path_factory.mktemp("two"), workers=1, max_workers=2, steps_per_epoch=4, **SLOW)
+    with pytest.MonkeyPatch.context() as patch, listening_workers() as sockets:
         overrides = [name for name in vars(ray_internals.LeanTrainer) if name.startswith("_") and name[1] != "_"]
         assert overrides
         for name in overrides:
             patch.delattr(ray_internals.LeanTrainer, name)
         patch.setattr(ray_internals, "FixedScalingPolicy", object)
-        return history(fit(config(tiny, tmp_path_factory.mktemp("public"), **TWO_WORKERS)))
+        run = fit(elastic)
+    return TwoWorkers(elastic, history(run), read_facts(run)["world_size"], sockets)
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of twelve steps in this process."""
+    return history(fit(config(tiny, tmp_path_factory.mktemp("one"), **SLOW)))
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    return json.loads((run / "facts.json").read_text())
+
+
+def assert_equal_losses(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    for our, their in zip(ours, theirs, strict=True):
+        assert abs(our["train/loss"] - their["train/loss"]) <= 1e-5
+        assert (our["step"], our.keys()) == (their["step"], their.keys())
 
 
 @contextmanager
@@ -238,26 +268,15 @@ class TestUnderRay:
         assert len(sockets) >= 5
         assert {address for address, _ in sockets} <= {"127.0.0.1", "::1"}
 
-    def test_two_workers_take_the_steps_of_one_and_one_goes_on_where_they_stopped(
-        self, tiny: Path, tmp_path: Path
+    def test_two_workers_take_the_steps_of_one_without_private_names_of_ray(
+        self, two_workers: TwoWorkers, one_process: list[dict[str, Any]]
     ) -> None:
-        small = config(tiny, tmp_path / "one", lr=1e-6, lr_min=0.0)
-        alone = history(fit(small))
-        elastic = small.replace(storage=str(tmp_path / "two"), workers=1, max_workers=2, steps_per_epoch=4)
-        with listening_workers() as sockets:
-            run = fit(elastic)
-        assert len(sockets) >= 3, "the store of rank 0, and gloo in both"
-        assert {address for address, _ in sockets} == {"127.0.0.1"}
-        assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
-        assert json.loads((run / "facts.json").read_text())["world_size"] == 2, "as many workers as there is room for"
-        run = fit(elastic.replace(max_workers=0, epochs=3))
-        rows = history(run)
-        assert [row["step"] for row in rows] == list(range(1, 13))
-        for ours, theirs in zip(rows, alone, strict=True):
-            assert abs(ours["train/loss"] - theirs["train/loss"]) <= 1e-5
-            assert ours.keys() == theirs.keys()
-        assert read_result(run)["test/episodes"] == 20
-        assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000012"
+        assert two_workers.world_size == 2, "as many workers as there is room for"
+        assert_equal_losses(two_workers.rows, one_process[:4])
+
+    def test_workers_listen_on_loopback_only(self, two_workers: TwoWorkers) -> None:
+        assert len(two_workers.sockets) >= 3, "the store of rank 0, and gloo in both"
+        assert {address for address, _ in two_workers.sockets} == {"127.0.0.1"}
 
     def test_ctrl_c_ends_a_run_of_workers_with_a_checkpoint_of_its_last_step(self, tiny: Path, tmp_path: Path) -> None:
         """Ray sets handlers of its own for SIGINT."""
@@ -276,22 +295,10 @@ class TestUnderRay:
         assert 10 <= len(rows) < 4000
         assert list(digests(tmp_path / "run")) == [f"step-{len(rows):08d}"]
 
-    def test_two_workers_need_no_private_name_of_ray(
-        self, without_private_names: list[dict[str, Any]], tiny: Path, tmp_path: Path
-    ) -> None:
-        alone = history(fit(config(tiny, tmp_path, steps_per_epoch=4, lr=1e-6, lr_min=0.0)))
-        assert [row["step"] for row in without_private_names] == [1, 2, 3, 4]
-        for ours, theirs in zip(without_private_names, alone, strict=True):
-            assert abs(ours["train/loss"] - theirs["train/loss"]) <= 1e-5
-
     def test_workers_are_replaced_if_one_dies_in_the_rendezvous(
-        self,
-        without_private_names: list[dict[str, Any]],
-        tiny: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, two_workers: TwoWorkers, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The other worker waits for it in the rendezvous. The run has the bits of the one without private names."""
+        """The other worker waits for it in the rendezvous. Private names of Ray, used here, change no bit."""
         from lgm_dist.cluster import trainer, worker  # here, because they load Ray
 
         died = tmp_path / "died"
@@ -306,9 +313,17 @@ class TestUnderRay:
             return worker.run_worker(job_values)
 
         monkeypatch.setattr(trainer, "run_worker", run_worker)
-        run = fit(config(tiny, tmp_path, **TWO_WORKERS))
+        run = fit(config(tiny, tmp_path, workers=2, steps_per_epoch=4, **SLOW))
         assert died.exists()
-        assert history(run) == without_private_names
+        assert history(run) == two_workers.rows
+
+    def test_one_worker_goes_on_where_two_stopped(
+        self, two_workers: TwoWorkers, one_process: list[dict[str, Any]]
+    ) -> None:
+        run = fit(replace(two_workers.config, max_workers=0, epochs=3))
+        assert_equal_losses(history(run), one_process)
+        assert read_result(run)["test/episodes"] == 20
+        assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000012"
 
     def test_killed_and_hung_workers_are_replaced_and_no_row_is_lost(self, tiny: Path, tmp_path: Path) -> None:
         long = config(tiny, tmp_path, workers=1, cpus_per_worker=1, steps_per_epoch=60, eval_every=10)

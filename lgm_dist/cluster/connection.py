@@ -156,8 +156,7 @@ def disconnect() -> None:
     """Leave the cluster, or end the local Ray with all its processes."""
     import ray
 
-    if _servers:
-        kill_local_ray()
+    kill_local_ray()
     ray.shutdown()
     adopt_orphans(False)
     kill(_servers.values())
@@ -165,14 +164,17 @@ def disconnect() -> None:
     _started_before.clear()
 
 
-def kill_local_ray() -> None:
-    """Kill all processes of the local Ray at once.
+def kill_local_ray() -> bool:
+    """Kill all processes of the local Ray at once. Return False if there is no local Ray that can be killed.
 
     `ray.shutdown()` sends SIGTERM, which they block, to one server after the other and waits a second for each. It does not
     end a worker that hangs at its exit, nor the workers of a raylet that has died, which would train on.
     """
+    if not _servers:
+        return False
     for _ in range(3):  # a raylet may have started one more process meanwhile
         kill(open_pidfds(_ray_processes()))
+    return True
 
 
 def _ray_processes() -> dict[int, str]:

@@ -39,7 +39,7 @@ from lgm_dist.training.memory import ONE_ARENA
 _NO_LIMIT_S = 10**6
 _POLL_S = 0.5
 _UNBLOCK_S = 20.0
-"""Seconds for Ray's calls to fail after all its processes have been killed."""
+"""Seconds in which Ray's calls should fail after all its processes have been killed."""
 
 
 def train_with_ray(job: Job, listen: Callable[[], None]) -> None:
@@ -100,9 +100,9 @@ def _fit(trainer: TorchTrainer, watch: Callable[[], None]) -> Any:
     try:
         while not wait([future], timeout=_POLL_S).done:
             watch()
-    except RayEnded:
-        kill_local_ray()
-        wait([future], timeout=_UNBLOCK_S)  # ray.shutdown() must not run under a call of another thread
+    except BaseException:
+        if kill_local_ray():
+            wait([future], timeout=_UNBLOCK_S)  # ray.shutdown() should not run under a call of another thread
         raise
     return future.result()
 
