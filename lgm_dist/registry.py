@@ -48,8 +48,8 @@ class Registry(Generic[T]):
         found = self.find(name)
         if found is None:
             raise ValueError(
-                f"{self._setting} ({name!r}) must be one of {', '.join(self.names())}; a {self._kind} of your own needs "
-                f"its module imported, with @register_{self._kind}({name!r})"
+                f"{self._setting} ({name!r}) must be one of {', '.join(self.names())}; to use your own, import its module, "
+                f"which registers it with @register_{self._kind}({name!r})"
             )
         return found
 

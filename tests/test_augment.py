@@ -91,7 +91,7 @@ def test_rotate_does_not_depend_on_the_rest_of_the_batch() -> None:
 class Invert(Augmentation):
     """Inverts half of the images."""
 
-    purpose = 1000
+    purpose = 2000
 
     def draw(self, words: Tensor) -> Tensor:
         return bounded(words, 2)  # (..., 1)
@@ -118,7 +118,7 @@ def test_an_augmentation_from_outside_follows_its_own_stream(device: str) -> Non
     drawn = draw_rows(bank, config, "train", 7, 1)
     inverted = 0
     for place, row in enumerate([*drawn.support[0], *drawn.query[0]]):
-        turn = philox_word(11, 1000, 7, place) >> 31
+        turn = philox_word(11, 2000, 7, place) >> 31
         image = 255 - bank.images[row] if turn else bank.images[row]
         np.testing.assert_array_equal(pixels[place], (image - np.float32(bank.mean)) / np.float32(bank.std))
         inverted += turn
@@ -142,7 +142,7 @@ def test_augmentations_that_cannot_be_used_are_explained() -> None:
     for names, sentence in (
         (
             ("mirror",),
-            r"augmentations \('mirror'\) must be one of flip_shift, invert, rotation; a augmentation of your own",
+            r"augmentations \('mirror'\) must be one of flip_shift, .*rotation; to use your own",
         ),
         (("rotation",), r"augmentations \('rotation'\) changes all images of a class alike and so leaks the label"),
         (("invert", "flip_shift", "invert"), "augmentations names 'invert' twice"),
@@ -153,10 +153,10 @@ def test_augmentations_that_cannot_be_used_are_explained() -> None:
     for purpose, sentence in (
         (4, r"purpose \(4\) of augmentation 'other' must lie between 1000 and 65535"),
         (2**16, r"purpose \(65536\) of augmentation 'other' must lie"),
-        (1000, r"purpose \(1000\) of augmentation 'other' is that of 'invert'; choose another number"),
+        (2000, r"purpose \(2000\) of augmentation 'other' is that of 'invert'; choose another number"),
     ):
         with pytest.raises(ValueError, match=sentence):
             register_augmentation("other")(type("Other", (Invert,), {"purpose": purpose}))
     with pytest.raises(ValueError, match="augmentation 'invert' is registered already; choose another name"):
         register_augmentation("invert")(type("Other", (Invert,), {}))
-    assert AUGMENTATIONS.names() == ["flip_shift", "invert", "rotation"]
+    assert {"flip_shift", "invert", "rotation"} <= set(AUGMENTATIONS.names())

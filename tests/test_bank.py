@@ -152,7 +152,7 @@ def test_a_cut_cache_file_is_built_anew(manifest: Path, cache: str) -> None:
 def test_a_bad_shard_is_named_and_leaves_no_bank(manifest: Path, cache: str) -> None:
     shard = manifest.parent / "tiny-train-000001.tar"
     shard.write_bytes(shard.read_bytes()[:1500])
-    with pytest.raises(ValueError, match=rf"shard {shard}: its sha256 .*make the shards anew with"):
+    with pytest.raises(ValueError, match=rf"shard {shard}: its sha256 .*prepare the shards again with"):
         open_bank(manifest, "train", cache)
     assert [path.suffix for path in Path(cache).iterdir()] == [".lock"]
     assert open_bank(manifest, "val", cache).counts.sum() == 12

@@ -1,8 +1,9 @@
-"""FC100 from all its sources, on small ones made here in the formats of the real ones."""
+"""FC100 from all its sources, on small files in the formats of the real ones."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -86,6 +87,20 @@ def pack(folder: Path) -> Path:
     return archive
 
 
+def declare_official(monkeypatch: pytest.MonkeyPatch, folder: Path, archive: Path | None = None) -> None:
+    """Make these files the official ones for as long as the test runs."""
+    from torchvision.datasets import CIFAR100
+
+    for part in ("train", "test"):
+        monkeypatch.setattr(CIFAR100, f"{part}_list", [[part, md5(folder / part)]])
+    if archive:
+        monkeypatch.setattr(CIFAR100, "tgz_md5", md5(archive))
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
 def png_bytes(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)  # not the level of our own encoder
@@ -146,9 +161,11 @@ def test_the_split_table_is_fc100s_and_carries_its_citation() -> None:
     assert "Krizhevsky" in text
 
 
-def test_archive_folder_and_parquet_hold_the_same_images(tmp_path: Path) -> None:
+def test_archive_folder_and_parquet_hold_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_official(tmp_path / "a")
-    for source in (folder, folder.parent, pack(folder), write_parquet(tmp_path / "p")):
+    archive = pack(folder)
+    declare_official(monkeypatch, folder, archive)
+    for source in (folder, folder.parent, archive, write_parquet(tmp_path / "p")):
         found = fc100_source(str(source))
         assert (found.name, found.shape) == ("fc100", (32, 32, 3))
         assert content(found) == expected_content()
@@ -164,11 +181,16 @@ def test_parquet_bytes_pass_through(tmp_path: Path) -> None:
     assert {s.read() for entry in found.splits.values() for s in entry.samples} == given
 
 
-def test_labels_without_names_are_cifars_alphabetical_lists(tmp_path: Path) -> None:
+def test_an_archive_in_a_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_official(tmp_path / "a")
-    (folder / "meta").unlink()
-    for source in (folder, write_parquet(tmp_path / "p", names=False)):
-        assert content(fc100_source(str(source))) == expected_content()
+    declare_official(monkeypatch, folder, pack(folder))
+    for file in folder.iterdir():
+        file.unlink()
+    assert content(fc100_source(str(tmp_path / "a"))) == expected_content()
+
+
+def test_labels_without_names_are_cifars_alphabetical_lists(tmp_path: Path) -> None:
+    assert content(fc100_source(str(write_parquet(tmp_path / "p", names=False)))) == expected_content()
 
 
 def test_images_without_file_names_get_their_row(tmp_path: Path) -> None:
@@ -194,56 +216,56 @@ class Attack:
         return Path.touch, (self.target,)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_official(tmp_path)
+    declare_official(monkeypatch, folder)
     (folder / "test").write_bytes(pickle.dumps({"data": Attack(tmp_path / "ran")}, 2))
     pickle.loads((folder / "test").read_bytes())
     assert (tmp_path / "ran").exists()  # the attack works on a plain unpickler
     (tmp_path / "ran").unlink()
-    with pytest.raises(ValueError, match=r"file test is no CIFAR-100 pickle \(it asks for .*, which no CIFAR-100"):
+    found, official = md5(folder / "test"), r"\w{32}"
+    sentence = (
+        rf"source {folder}, file test is not the official file: its md5 is {found}, not {official}; download it again"
+    )
+    with pytest.raises(ValueError, match=sentence):
         fc100_source(str(folder))
     assert not (tmp_path / "ran").exists()
 
 
-def test_damaged_and_incomplete_archives_are_refused(tmp_path: Path) -> None:
+def test_the_md5_sum_of_the_archive_is_the_published_one(tmp_path: Path) -> None:
+    archive = pack(write_official(tmp_path))  # not the official one
+    with pytest.raises(ValueError, match=rf"md5 is {md5(archive)}, not eb9058c3a382ffc7106e4002c42a8d85; download it"):
+        fc100_source(str(archive))
+
+
+def test_damaged_and_incomplete_archives_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_official(tmp_path)
     archive = pack(folder)
-    archive.write_bytes(archive.read_bytes()[:200_000])
-    with pytest.raises(ValueError, match=r"is no whole tar archive .*download it again"):
-        fc100_source(str(archive))
-    archive.write_bytes(b"<html>404</html>")
-    with pytest.raises(ValueError, match="is no whole tar archive"):
-        fc100_source(str(archive))
-    whole = (folder / "train").read_bytes()
-    (folder / "train").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="file train is no CIFAR-100 pickle"):
-        fc100_source(str(folder))
-    (folder / "train").write_bytes(python2_pickle({"data": np.zeros((2, 3072), np.uint8)}))
-    with pytest.raises(ValueError, match="file train has no 'filenames'"):
-        fc100_source(str(folder))
-    short = {
-        "data": np.zeros((2, 3071), np.uint8),
-        "filenames": ["a", "b"],
-        "fine_labels": [0, 1],
-        "coarse_labels": [0, 1],
-    }
-    (folder / "train").write_bytes(python2_pickle(short))
-    with pytest.raises(ValueError, match="not an array of uint8"):
+    declare_official(monkeypatch, folder, archive)
+    for damaged in (archive.read_bytes()[:200_000], b"<html>404</html>", b""):
+        archive.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"source {archive} is not the official file: its md5 is .*; download it"):
+            fc100_source(str(archive))
+    archive.unlink()
+    (folder / "train").write_bytes((folder / "train").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="file train is not the official file"):
         fc100_source(str(folder))
     (folder / "train").unlink()
-    archive.unlink()
-    with pytest.raises(ValueError, match=r"holds no CIFAR-100 .*parquet files .*--source"):
+    with pytest.raises(ValueError, match=r"holds no CIFAR-100 .*use --source .*parquet files"):
         fc100_source(str(folder))
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: c["fine_label"].__setitem__(0, 100), "a fine label is none of 0 to 99"),
-        (lambda c: c["coarse_label"].__setitem__(0, None), "a coarse label is none of 0 to 19"),
-        (lambda c: c["coarse_label"].__setitem__(0, (c["coarse_label"][0] + 1) % 20), "image 0 is of class .* has not"),
+        (lambda c: c["fine_label"].__setitem__(0, 100), "a fine label does not lie between 0 and 99"),
+        (lambda c: c["coarse_label"].__setitem__(0, None), "a coarse label does not lie between 0 and 19"),
+        (
+            lambda c: c["coarse_label"].__setitem__(0, (c["coarse_label"][0] + 1) % 20),
+            "image 0 is of class .* which CIFAR-100 lacks",
+        ),
         (lambda c: c["img"].__setitem__(0, {"bytes": None, "path": "x"}), "1 images have no bytes"),
-        (lambda c: c.update(label=c.pop("fine_label")), "has not the columns img"),
+        (lambda c: c.update(label=c.pop("fine_label")), "lacks the columns img"),
         (lambda c: [column.pop() for column in c.values()], r"is incomplete: 2 images of class \w+, 3 of"),
     ],
 )
@@ -256,7 +278,7 @@ def test_cut_and_missing_parquet_files_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path)
     (file,) = tmp_path.glob("test*")
     file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet has not the columns"):
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet lacks the columns"):
         fc100_source(str(tmp_path))
     file.unlink()
     with pytest.raises(ValueError, match="holds no CIFAR-100"):
@@ -265,7 +287,7 @@ def test_cut_and_missing_parquet_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def torchvisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """torchvision's CIFAR100, downloads into tmp_path."""
+    """CIFAR100 of torchvision, which downloads into tmp_path."""
     from torchvision.datasets import CIFAR100
 
     monkeypatch.setenv("LGM_DIST_CACHE", str(tmp_path / "cache"))
@@ -274,27 +296,28 @@ def torchvisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return CIFAR100
 
 
-def test_a_download_that_reaches_no_host_names_both_other_ways(torchvisions: Any) -> None:
+def test_a_download_that_fails_names_the_other_sources(torchvisions: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound but not listening: refuses
         torchvisions.url = f"http://127.0.0.1:{free.getsockname()[1]}/cifar-100-python.tar.gz"
         with pytest.raises(
             ValueError,
-            match=r"cannot download CIFAR-100 from http://127.*refused.*tar\.gz or its unpacked folder.*parquet",
+            match=r"cannot download CIFAR-100 from http://127.*refused.*tar\.gz, its unpacked folder.*parquet",
         ):
             fc100_source("")
     assert socket.getdefaulttimeout() is None
 
 
-def test_without_a_source_the_archive_is_downloaded(torchvisions: Any, tmp_path: Path) -> None:
-    from torchvision.datasets.utils import calculate_md5
-
-    archive = pack(write_official(tmp_path / "served"))
+def test_without_a_source_the_archive_is_downloaded(
+    torchvisions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_official(tmp_path / "served")
+    archive = pack(folder)
+    declare_official(monkeypatch, folder, archive)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(archive.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         torchvisions.url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
-        torchvisions.tgz_md5 = calculate_md5(archive)
         first = content(fc100_source(""))
         server.shutdown()
     assert first == expected_content()

@@ -1,4 +1,4 @@
-"""Data over http: a real server on loopback that fails in every way, and URLs that would run a command."""
+"""Data over http: a real server on this machine that fails in every way, and URLs that would run a command."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def prepared(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of the manifest; patience is short."""
+    """The URL of the manifest; timeouts are short."""
     monkeypatch.setattr(fetching, "TIMEOUT", 0.2)
     monkeypatch.setattr(fetching, "PAUSE", 0.0)
     Server.at, Server.asked, Server.gone = "", 0, threading.Event()
@@ -147,8 +147,8 @@ def test_a_server_that_fails_is_named_with_the_file_and_the_command(served: str,
     fault, sentence, asked = FAULTS[name]
     Server.at, Server.fault = "-val-000001.tar", staticmethod(fault)
     shard = served.replace(".json", "-val-000001.tar")
-    command = "`python scripts/prepare.py folder --source PATH --name tiny --out DIR`"
-    with pytest.raises(ValueError, match=rf"^shard {shard}: {sentence}; make the shards anew with {command}$"):
+    command = "`lgm-dist prepare folder --source PATH --name tiny --out DIR`"
+    with pytest.raises(ValueError, match=rf"^shard {shard}: {sentence}; prepare the shards again with {command}$"):
         list(read_samples(manifest, "val"))
     assert Server.asked == asked
     Server.at = "tiny.json"
@@ -157,8 +157,8 @@ def test_a_server_that_fails_is_named_with_the_file_and_the_command(served: str,
 
 
 @pytest.mark.parametrize("fault", [status(503), cut, hang_up, silent], ids=["503", "cut", "hung up", "silent"])
-def test_what_passes_is_waited_for(prepared: Path, served: str, fault: Fault) -> None:
-    """And nothing of the tries that failed is left in what the last one brings."""
+def test_a_fault_that_passes_is_waited_for(prepared: Path, served: str, fault: Fault) -> None:
+    """Bytes of the failed tries are not in the result."""
     Server.at, Server.fault = "-val-000001.tar", staticmethod(twice(fault))
     local = read_manifest(str(prepared))
     assert list(read_samples(read_manifest(served), "val")) == list(read_samples(local, "val"))
@@ -166,14 +166,14 @@ def test_what_passes_is_waited_for(prepared: Path, served: str, fault: Fault) ->
 
 
 @pytest.mark.usefixtures("served")
-def test_nobody_there() -> None:
+def test_a_missing_server_is_named() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound but not listening: refuses
         url = f"http://127.0.0.1:{free.getsockname()[1]}/tiny.json"
         with pytest.raises(ValueError, match=r"tiny\.json \(Connection refused, 3 times\); prepare it"):
             read_manifest(url)
     for wrong in ("http://127.0.0.1:port/x.json", "http://[/x.json", "http://a b/x.json", "http://\u2028/x.json"):
-        with pytest.raises(ValueError, match=r"x\.json \(this is no URL: .*\); prepare it"):
+        with pytest.raises(ValueError, match=r"x\.json \(this is not a URL: .*\); prepare it"):
             read_manifest(wrong)
 
 
@@ -192,7 +192,7 @@ def test_a_manifest_without_end_is_not_read_to_it(served: str) -> None:
     "scheme", ["pipe:touch {trap}; echo http://", "file://{trap}", "ftp://127.0.0.1", "gs://bucket"]
 )
 def test_a_location_is_never_a_command(tmp_path: Path, scheme: str) -> None:
-    """webdataset's opener runs the first one in a shell, and it may come from a config.json of somebody else."""
+    """webdataset's opener would run the first one in a shell, and it may come from somebody else's config.json."""
     trap = tmp_path / "trap"
     location = scheme.format(trap=trap) + "/x.json"
     with pytest.raises(ValueError, match="only local paths and URLs with http:// or https:// are read"):

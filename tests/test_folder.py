@@ -1,4 +1,4 @@
-"""Class folders: every format, mode and size, and a sentence for what cannot be used."""
+"""Class folders: every format, mode and size, and an error for what cannot be used."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lgm_dist.cluster.fit import fit
+from lgm_dist.config import Config
 from lgm_dist.data.bank import open_bank
 from lgm_dist.data.shards import write_shards
 from lgm_dist.data.sources.folder import folder_source
+from lgm_dist.runs import checkpoint
 
 RNG = np.random.default_rng(11)
 PIXELS = RNG.integers(0, 256, (8, 10, 3), dtype=np.uint8)
@@ -68,7 +71,7 @@ def test_a_png_that_needs_nothing_keeps_its_bytes(root: Path) -> None:
         assert same == (size is None)  # 8x10 is resized to 8x8
 
 
-def test_every_mode_becomes_rgb(root: Path) -> None:
+def test_every_mode_becomes_rgb_beside_colour_images(root: Path) -> None:
     grey = PIXELS[..., 0]
     deep = (grey.astype(np.uint16) << 8) + 7
     rgba = np.dstack([PIXELS, grey])
@@ -120,6 +123,57 @@ def test_a_folder_becomes_shards_and_a_bank(root: Path, tmp_path: Path) -> None:
     assert np.array_equal(bank.images[4], PIXELS)
 
 
+@pytest.fixture
+def grey(tmp_path: Path) -> Path:
+    """Grey images in four modes, three classes of six images in each split."""
+    for split in ("train", "val", "test"):
+        for label in range(3):
+            for i in range(6):
+                pixels = RNG.integers(0, 256, (16, 16), dtype=np.uint8)
+                deep = (pixels.astype(np.uint16) << 8) + 7
+                alpha = np.dstack([pixels, np.full_like(pixels, 9)])
+                image = [pixels, pixels > 127, deep, alpha][i % 4]
+                save(tmp_path / "grey" / split / f"{split}{label}" / f"{label}_{i}.png", image)
+    return tmp_path / "grey"
+
+
+def test_grey_images_stay_grey(grey: Path, tmp_path: Path) -> None:
+    source = folder_source(str(grey), "x")
+    assert source.shape == (16, 16, 1)
+    bank = open_bank(write_shards(source, tmp_path / "out"), "train", str(tmp_path / "cache"))
+    assert bank.channels == 1
+    assert bank.images.shape == (18, 16, 16, 1)
+    files = sorted((grey / "train").rglob("*.png"))
+    for file, image in zip(files, bank.images[..., 0], strict=True):
+        stored = np.asarray(Image.open(file))
+        scale = {np.dtype(np.uint8): 1, np.dtype(bool): 255, np.dtype(np.uint16): 1 / 256}[stored.dtype]
+        expected = (stored[..., 0] if stored.ndim == 3 else stored) * scale // 1
+        np.testing.assert_array_equal(image, expected)
+    png = next(s for s in source.splits["train"].samples if s.key == "0_0")
+    assert png.read() == files[0].read_bytes(), "a grey PNG that needs no change keeps its bytes"
+    small = folder_source(str(grey), "x", 8)
+    assert small.shape == (8, 8, 1)
+    assert Image.open(io.BytesIO(small.splits["val"].samples[0].read())).size == (8, 8)
+
+
+def test_one_colour_image_makes_all_images_rgb(grey: Path) -> None:
+    save(grey / "test" / "test0" / "colour.png", RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for size in (None, 8):
+        source = folder_source(str(grey), "x", size)
+        assert source.shape[2] == 3
+        assert {Image.open(io.BytesIO(s.read())).mode for s in source.splits["train"].samples} == {"RGB"}
+
+
+@pytest.mark.parametrize("protocol", ["standard", "paper"])
+def test_grey_images_train_without_a_flag(grey: Path, tmp_path: Path, small: Config, protocol: str) -> None:
+    manifest = write_shards(folder_source(str(grey), "x"), tmp_path / "out")
+    config = small.replace(data=str(manifest), storage=str(tmp_path), name="run", protocol=protocol)
+    config = config.replace(**{"model.channels": 0}, steps_per_epoch=2, eval_every=2, shot=1)
+    model, trained, _ = checkpoint.load_model(checkpoint.best(fit(config)))
+    assert (model.config.channels, trained.model.channels) == (1, 1)
+    assert next(p for p in model.parameters() if p.ndim == 4).shape[1] == 1
+
+
 def read_all(root: Path, size: int | None) -> list[bytes]:
     return [s.read() for split in folder_source(str(root), "x", size).splits.values() for s in split.samples]
 
@@ -140,7 +194,7 @@ def test_images_of_unequal_size_name_the_first_odd_one(root: Path) -> None:
 def test_a_file_that_is_no_image_is_named(root: Path) -> None:
     (root / "test" / "test_bird" / "notes.txt").write_text("not an image")
     for size in (None, 4):
-        assert f"{root}/test/test_bird/notes.txt is no image that PIL reads" in fault(root, size)
+        assert f"{root}/test/test_bird/notes.txt is not an image that PIL reads" in fault(root, size)
 
 
 def test_a_cut_image_is_named(root: Path) -> None:
@@ -177,4 +231,4 @@ def test_a_wrong_tree_is_explained(root: Path) -> None:
     assert f"{stray} lies beside the class folders" in fault(root)
     stray.unlink()
     (root / "val" / "val_bird" / "inner").mkdir()
-    assert f"{root}/val/val_bird/inner is no file" in fault(root)
+    assert f"{root}/val/val_bird/inner is not a file" in fault(root)

@@ -147,5 +147,5 @@ def test_images_show_their_letter(armenian: NDArray[np.uint8]) -> None:
 
 def test_missing_fonts_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
-    with pytest.raises(ValueError, match=r"DejaVuSans.ttf, which is not there; install matplotlib"):
+    with pytest.raises(ValueError, match=r"DejaVuSans.ttf, which is missing; install matplotlib"):
         glyphs_source()

@@ -42,11 +42,11 @@ def prepared(tmp_path: Path) -> Path:
         (lambda r: r["splits"]["val"]["shards"][0].update(file="../x.tar"), "file .* does not match"),
         (lambda r: r["splits"]["val"]["shards"][0].update(file="a..tar"), "plain name"),
         (lambda r: r["splits"]["val"]["shards"][0].update(sha256="12"), "sha256 .* does not match"),
-        (lambda r: r["splits"]["val"]["shards"].__setitem__(0, 1), "1 stands where a record with 'file' is wanted"),
+        (lambda r: r["splits"]["val"]["shards"].__setitem__(0, 1), "1 must be a record with 'file'"),
     ],
 )
 def test_a_wrong_field_of_a_manifest_is_named(prepared: Path, change: Callable[[Any], object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=rf"{prepared}.*{sentence}.*writes it anew"):
+    with pytest.raises(ValueError, match=rf"{prepared}.*{sentence}.*write it again with `lgm-dist prepare"):
         read_manifest(str(edit(prepared, change)))
 
 
@@ -59,5 +59,5 @@ def test_a_manifest_that_is_no_record_is_refused(tmp_path: Path, content: bytes)
 
 
 def test_a_missing_manifest_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read the manifest .*prepare\.py fc100 --source PATH --out"):
+    with pytest.raises(ValueError, match=r"cannot read the manifest .*lgm-dist prepare fc100 --source PATH --out"):
         read_manifest(str(tmp_path / "fc100.json"))

@@ -1,7 +1,9 @@
-"""From a name to a manifest, and scripts/prepare.py."""
+"""From a name to a manifest, `lgm-dist prepare`, and data sets from outside the package."""
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import multiprocessing
 import runpy
@@ -9,12 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_fc100 import write_parquet
 from test_folder import save
 
-from lgm_dist.data import shards
-from lgm_dist.data.prepare import ensure_manifest
+from lgm_dist.cluster.fit import fit
+from lgm_dist.config import SPLITS, Config
+from lgm_dist.data import open_bank, shards
+from lgm_dist.data.prepare import ensure_manifest, prepare
+from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
+from lgm_dist.data.sources import SOURCES, prepare_command, register_source
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare.py"
 fork = multiprocessing.get_context("fork")
@@ -94,7 +102,7 @@ def test_the_script_prepares_a_folder_and_prints_what_it_did(
     script(monkeypatch, "folder", "--source", str(tmp_path / "in"), "--out", str(out), "--name", "zoo", "--size", "12")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split("|")[1:-1] == [" train ", " 1       ", " 3      ", " 1      "]
-    assert lines[5].startswith("images    12 x 12, mean ")
+    assert lines[5].startswith("images    12 x 12, RGB, mean ")
     assert f"{out}/zoo.json" in lines[6]
     assert json.loads((out / "zoo.json").read_bytes())["shape"] == [12, 12, 3]
 
@@ -126,3 +134,94 @@ def test_unknown_and_missing_flags_are_refused(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit) as caught:
         script(monkeypatch, *arguments)
     assert caught.value.code not in (0, None)
+
+
+# ---- from outside the package ----
+
+
+def stripe(label: int, index: int) -> bytes:
+    x = np.arange(16) * (1 + label) + index
+    file = io.BytesIO()
+    Image.fromarray(np.broadcast_to((40 * x % 256).astype(np.uint8), (16, 16))).save(file, "PNG")
+    return file.getvalue()
+
+
+@register_source("stripes")
+def stripes(images: int = 8) -> DataSource:
+    """Stripes of several widths.
+
+    Args:
+        images: Images of each class.
+    """
+    splits = {}
+    for number, split in enumerate(SPLITS):
+        names = tuple(ClassInfo(f"{split}{label}") for label in range(3))
+        rows = [(label, i) for label in range(3) for i in range(images)]
+        samples = [Sample(f"{c}_{i}", c, functools.partial(stripe, 3 * number + c, i)) for c, i in rows]
+        splits[split] = SplitSource(names, samples)
+    return DataSource("stripes", (16, 16, 1), splits)
+
+
+def test_a_source_from_outside_is_prepared_and_trained_by_its_name(tmp_path: Path, small: Config) -> None:
+    config = small.replace(data="stripes", data_root=str(tmp_path), storage=str(tmp_path), name="run", shot=1)
+    config = config.replace(**{"model.channels": 0}, steps_per_epoch=2, eval_every=2)
+    run = fit(config)
+    assert json.loads((run / "config.json").read_bytes())["model"]["channels"] == 1
+    bank = open_bank(tmp_path / "stripes" / "stripes.json", "val", str(tmp_path / "cache"))
+    assert bank.counts.tolist() == [8, 8, 8]
+    np.testing.assert_array_equal(bank.images[9, ..., 0], np.asarray(Image.open(io.BytesIO(stripe(4, 1)))))
+
+
+def test_a_source_from_outside_is_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script(monkeypatch, "stripes", "--images", "5", "--out", str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split("|")[2:4] == [" 3       ", " 15     "]
+    assert lines[5].startswith("images    16 x 16, grey, mean ")
+    script(monkeypatch, "stripes", "--help")
+    assert "Images of each class." in capsys.readouterr().out
+
+
+def test_sources_are_prepared_from_python_with_their_options(tmp_path: Path) -> None:
+    manifest = shards.read_manifest(str(prepare("stripes", tmp_path, images=4)))
+    assert manifest.splits["train"].images == 12
+    for source, options, sentence in (
+        (
+            "strips",
+            {},
+            r"data \('strips'\) must be one of .*stripes; to use your own, import its module, which registers it with @reg",
+        ),
+        ("stripes", {"size": 3}, "size is not an option of source stripes; it takes images"),
+        ("glyphs", {"size": 3}, "size is not an option of source glyphs; it takes none"),
+        ("folder", {"source": "x"}, "source folder needs the option name; give it a value"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            prepare(source, tmp_path, **options)
+
+
+def test_the_command_that_prepares_a_data_set() -> None:
+    @register_source("needy")
+    def needy(some_place: str, source: str = "", size: int = 3, depth: int = 1) -> DataSource:
+        raise NotImplementedError
+
+    try:
+        assert prepare_command("needy", "out", (8, 8, 3)) == (
+            "lgm-dist prepare needy --some-place SOME_PLACE --source PATH --size 8 --out out"
+        )
+        assert prepare_command("needy", "o", (8, 9, 3)).endswith("SOME_PLACE --source PATH --out o")
+        with pytest.raises(ValueError, match=r"data \('needy'\) is no data set: .*use fc100, glyphs, .*the path"):
+            ensure_manifest("needy", "nowhere", "")
+    finally:
+        SOURCES._known.pop("needy")
+    assert prepare_command("glyphs", "DIR", (32, 32, 3)) == "lgm-dist prepare glyphs --out DIR"
+    assert prepare_command("fc100", "DIR", (32, 32, 3)) == "lgm-dist prepare fc100 --source PATH --out DIR"
+    assert prepare_command("my birds", "DIR", (84, 84, 3)) == (
+        "lgm-dist prepare folder --source PATH --name 'my birds' --size 84 --out DIR"
+    )
+
+
+def test_two_sources_cannot_have_one_name() -> None:
+    with pytest.raises(ValueError, match="source 'stripes' is registered already; choose another name"):
+        register_source("stripes")(lambda: stripes())
+    assert register_source("stripes")(stripes) is stripes  # a notebook's cell that runs twice

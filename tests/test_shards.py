@@ -1,4 +1,4 @@
-"""Shards and manifest: identical bytes, plain readability, and every fault named."""
+"""Shards and manifest: identical bytes, readable by plain webdataset, and errors that name every fault."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def edit(manifest: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def rewrite_shard(manifest: Path, number: int, change: Callable[[list[tuple[str, bytes]]], object]) -> None:
-    """Change the members of a train shard and give the manifest its new digest: a fault that no digest shows."""
+    """Change the members of a train shard and give the manifest its new digest, so that no digest shows the fault."""
     path = manifest.parent / f"tiny-train-{number:06d}.tar"
     with tarfile.open(path) as tar:
         members = [(info.name, tar.extractfile(info).read()) for info in tar]
@@ -86,10 +86,10 @@ def rewrite_shard(manifest: Path, number: int, change: Callable[[list[tuple[str,
 
 
 def read_fault(manifest: Path) -> str:
-    with pytest.raises(ValueError, match="make the shards anew with") as caught:
+    with pytest.raises(ValueError, match="prepare the shards again with") as caught:
         list(read_images(read_manifest(str(manifest)), "train"))
     text = str(caught.value)
-    assert f"python scripts/prepare.py folder --source PATH --name tiny --out {manifest.parent}" in text
+    assert f"lgm-dist prepare folder --source PATH --name tiny --out {manifest.parent}" in text
     assert "\n" not in text
     return text
 
@@ -242,13 +242,13 @@ def refused(change: str) -> DataSource:
         ("name", r"name \('\.\./x'\) must be letters"),
         ("split", "split val is empty"),
         ("class", "class train-c1 has no images"),
-        ("label", "label 3 is none of its 3 classes"),
+        ("label", "label 3 must lie between 0 and 2"),
         ("twice", "class train-c0 is in train and again in val"),
         ("key", "key 'c0_s_000001' must be unique"),
         ("dot", r"key 'a\.b' must be unique, not empty, without dots"),
-        ("mode", "image c0_s_000000 is a 6x4 L image, where 6x4 RGB is wanted"),
+        ("mode", "image c0_s_000000 is a 6x4 L image and should be a 6x4 RGB image"),
         ("jpeg", "image c0_s_000000 does not decode as PNG"),
-        ("black", "one value everywhere"),
+        ("black", "the same value everywhere"),
     ],
 )
 def test_a_source_that_cannot_be_trained_on_is_refused(tmp_path: Path, change: str, sentence: str) -> None:
@@ -257,7 +257,7 @@ def test_a_source_that_cannot_be_trained_on_is_refused(tmp_path: Path, change: s
     assert list(tmp_path.iterdir()) == []
 
 
-# --- reading: each fault names the shard, the member where known, and the command ---
+# --- reading: each error names the shard, the member if it is known, and the command ---
 
 
 @pytest.mark.parametrize("extra", [-200, 100, 600])
@@ -285,7 +285,7 @@ def test_a_flipped_byte_is_found_and_its_sample_named(prepared: Path) -> None:
 
 
 def test_no_byte_can_be_cut_off_or_flipped_unseen(prepared: Path) -> None:
-    """With a digest that fits or not: a shard that still gives its samples gives what was written."""
+    """A shard that can still be read holds what was written, whether its digest fits or not."""
     shard = prepared.parent / "tiny-train-000002.tar"
     whole, expected = shard.read_bytes(), list(read_samples(read_manifest(str(prepared)), "train"))
     with tarfile.open(shard) as tar:
@@ -297,7 +297,7 @@ def test_no_byte_can_be_cut_off_or_flipped_unseen(prepared: Path) -> None:
             shard.write_bytes(content)
             assert f"shard {shard}: its sha256 is {hashlib.sha256(content).hexdigest()}" in read_fault(prepared)
     whole_ones = 0
-    for place in places:  # now with the digest of what is there
+    for place in places:  # now with the digest of the changed file
         shard.write_bytes(whole[:place])
         digest = hashlib.sha256(whole[:place]).hexdigest()
         edit(prepared, lambda r, digest=digest: r["splits"]["train"]["shards"][2].update(sha256=digest))
@@ -305,7 +305,7 @@ def test_no_byte_can_be_cut_off_or_flipped_unseen(prepared: Path) -> None:
             found: list[object] | str = list(read_samples(read_manifest(str(prepared)), "train"))
         except ValueError as fault:
             found = str(fault)
-        assert found == expected or (f"shard {shard}" in found and "make the shards anew" in found)
+        assert found == expected or (f"shard {shard}" in found and "prepare the shards again" in found)
         whole_ones += found == expected
     assert 0 < whole_ones < len(places)  # those that are cut in the zeros at the end
 
@@ -323,9 +323,9 @@ def test_a_missing_shard_and_a_wrong_digest_are_named(prepared: Path) -> None:
         (b"\x89PNG\r\n\x1a\n", "does not decode as PNG"),
         (b"", "does not decode as PNG"),
         (png(np.arange(72, dtype=np.uint8).reshape(SHAPE))[:-40], "does not decode as PNG"),
-        (png(np.zeros((5, 6, 3), np.uint8)), "is a 6x5 RGB image, where 6x4 RGB is wanted"),
-        (png(np.zeros((4, 6), np.uint8)), "is a 6x4 L image, where 6x4 RGB is wanted"),
-        (png(np.zeros((4, 6, 4), np.uint8)), "is a 6x4 RGBA image, where 6x4 RGB is wanted"),
+        (png(np.zeros((5, 6, 3), np.uint8)), "is a 6x5 RGB image and should be a 6x4 RGB image"),
+        (png(np.zeros((4, 6), np.uint8)), "is a 6x4 L image and should be a 6x4 RGB image"),
+        (png(np.zeros((4, 6, 4), np.uint8)), "is a 6x4 RGBA image and should be a 6x4 RGB image"),
     ],
     ids=["head", "empty", "cut", "size", "grey", "rgba"],
 )
@@ -342,7 +342,7 @@ def test_a_label_that_is_no_class_names_the_member(prepared: Path) -> None:
     rewrite_shard(prepared, 1, lambda members: members.__setitem__(2, (members[2][0], b"3")))
     with tarfile.open(prepared.parent / "tiny-train-000001.tar") as tar:
         key = tar.getnames()[2].removesuffix(".cls")
-    assert f"tiny-train-000001.tar, sample {key}: its label '3' is none of 0 to 2" in read_fault(prepared)
+    assert f"tiny-train-000001.tar, sample {key}: its label '3' must lie between 0 and 2" in read_fault(prepared)
 
 
 def test_a_label_of_another_class_shows_in_the_counts(prepared: Path) -> None:

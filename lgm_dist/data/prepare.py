@@ -11,27 +11,28 @@ from lgm_dist.data.lock import exclusive
 from lgm_dist.data.sources import SOURCES, needs_nothing, options_of, prepare_command
 
 
-def prepare(source: str, out: str | Path, **options: Any) -> Path:
+def prepare(kind: str, out: str | Path, /, **options: Any) -> Path:
     """Write the shards and the manifest of a data set into the folder `out`; return the manifest's path.
 
     Args:
-        source: Name of a registered source, such as fc100 or folder.
+        kind: Name of a registered source, such as fc100 or folder.
         out: Folder of the shards. A data set in data/NAME is found by its name.
-        options: Options of the source, as in `lgm-dist prepare SOURCE --help`.
+        options: Options of the source, as in `lgm-dist prepare KIND --help`.
 
     Raises ValueError for an unknown source, a wrong option, and a source that cannot be read.
     """
-    read = SOURCES.get(source)
+    read = SOURCES.get(kind)
     known = options_of(read)
     for option in options:
         if option not in known:
-            raise ValueError(f"{option} is no option of source {source}; it takes {', '.join(known) or 'none'}")
+            raise ValueError(f"{option} is not an option of source {kind}; it takes {', '.join(known) or 'none'}")
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
-            raise ValueError(f"source {source} needs the option {option}; give it a value")
-    from lgm_dist.data.shards import write_shards
+            raise ValueError(f"source {kind} needs the option {option}; give it a value")
+    data = read(**options)
+    from lgm_dist.data.shards import write_shards  # takes seconds to import, which a wrong option need not wait for
 
-    return write_shards(read(**options), Path(out))
+    return write_shards(data, Path(out))
 
 
 def ensure_manifest(data: str, data_root: str, source: str) -> str:

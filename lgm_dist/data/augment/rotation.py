@@ -59,9 +59,8 @@ def _coefficients(images: Tensor) -> Tensor:
     """Cubic B-spline coefficients of images (m, H, W, C) with P border pixels: ((W+2P)*(H+2P), m, C)."""
     m, _, _, channels = images.shape
     lines = images.permute(1, 2, 0, 3).flatten(2)  # (H, W, m*C)
-    lines = _filter(_filter(lines).transpose(0, 1))  # (W+2P, H+2P, m*C)
-    coefficients: Tensor = lines.unflatten(2, (m, channels)).flatten(0, 1)
-    return coefficients
+    by_image: Tensor = _filter(_filter(lines).transpose(0, 1)).unflatten(2, (m, channels))  # (W+2P, H+2P, m, C)
+    return by_image.flatten(0, 1)
 
 
 def _filter(lines: Tensor) -> Tensor:

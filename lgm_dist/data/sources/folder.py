@@ -16,7 +16,7 @@ from lgm_dist.data.png import MODES, encode
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 from lgm_dist.data.sources import register_source
 
-GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
+GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
 """PIL's modes of grey images that are read."""
 
 
