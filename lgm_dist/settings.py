@@ -92,7 +92,11 @@ class EpisodesConfig:
     """standard: no label-dependent augmentation. paper: the authors' own pipeline, which rotates the query with its
     class and so LEAKS the label (angles alone give 67.2 % at 5 ways). Use it only to compare with published figures."""
     augment: bool = setting(True)
-    """Flip and shift the training images at random (protocol standard)."""
+    """Augment the training images at random (protocol standard); see augmentations."""
+    augmentations: tuple[str, ...] = setting(
+        ("flip_shift",), not_searched="all trials augment alike; search over augment"
+    )
+    """Names of the augmentations of training images, in this order (if augment is on)."""
     noise: Literal["sample", "mean"] = setting("sample")
     """Noise of the generated weights in training: sampled, or fixed at its mean."""
     epochs: int = setting(120, basic=True, resumable=True, not_searched=_LENGTH)
@@ -172,8 +176,8 @@ class ModelConfig:
     class means with a learned temperature."""
     kernels: Literal["auto", "reference"] = setting("auto", resumable=True, not_searched="it changes the speed alone")
     """auto: the fast version of an operation if the device has one. reference: plain operations only."""
-    channels: int = setting(3, not_searched="it is the data's")
-    """Channels of an image."""
+    channels: int = setting(0, not_searched="it is the data's")
+    """Channels of an image: 1 or 3 (0: as the data set has; 3 for a network that is built without one)."""
     filters: int = setting(64, most=4096)
     """Filters of each convolution of conv4 and lgm, learned or generated."""
     noise_size: int = setting(32, most=4096)
@@ -193,7 +197,8 @@ class ModelConfig:
     """Scale each generated filter to L2 norm 1."""
 
     def __post_init__(self) -> None:
-        checks.positive(self, "channels", "filters", "noise_size", "norm_groups")
+        checks.positive(self, "filters", "noise_size", "norm_groups")
+        checks.not_negative(self, "channels")
         checks.choice(self, "kernels", ("auto", "reference"))
         checks.choice(self, "norm", ("batch", "group", "instance", "layer"))
         checks.choice(self, "norm_scope", ("global", "worker", "episode"))

@@ -77,7 +77,7 @@ def test_confusion_against_a_loop_over_episodes(run: Path, found: dict[str, Any]
             log_p = model(batch.support, batch.query, 4, batch.noise if config.episodes.protocol == "paper" else None)[
                 0
             ]  # (T, N)
-        classes, here = batch.rows.classes[0].tolist(), {}
+        classes, here = draw_rows(bank, config, "val", i, 1).classes[0].tolist(), {}
         for label, p in zip(batch.labels[0].tolist(), log_p.tolist(), strict=True):
             true, taken = classes[label], classes[p.index(max(p))]
             confusion[true, taken] += 1

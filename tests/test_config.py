@@ -186,7 +186,7 @@ def test_marks() -> None:
     """What a run may change when it is resumed, and what makes a step larger: the lists of the first version."""
     assert marked("resumable") == {
         *("epochs", "workers", "max_workers", "cpus_per_worker", "device", "max_failures", "hang_seconds"),
-        *("data_root", "source", "cache", "name", "storage", "storage_seconds", "wandb", "plugins"),
+        *("data_root", "source", "cache", "name", "storage", "storage_seconds", "wandb", "plugins", "model.kernels"),
     }
     assert marked("costly") == {"ways", "shot", "query", "meta_batch"}
     assert marked("perturbed") == {"model.norm_decay", "model.norm_epsilon"}

@@ -12,9 +12,18 @@ import torch
 from scipy import ndimage
 
 from lgm_dist.config import Config, ModelConfig, Split
-from lgm_dist.data.augment import ANGLES
+from lgm_dist.data.augment.rotation import ANGLES
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.episodes import EpisodeBatch, check_episodes, draw_noise, draw_rows, load_images, sample_episodes
+from lgm_dist.data.episodes import (
+    Drawn,
+    EpisodeBatch,
+    EpisodeSampler,
+    check_episodes,
+    draw_noise,
+    draw_rows,
+    load_images,
+    sample_episodes,
+)
 
 STANDARD = Config.of(ways=5, shot=2, query=3, eval_query=4, seed=11)
 PAPER = STANDARD.replace(protocol="paper")
@@ -89,9 +98,10 @@ def test_a_whole_standard_episode(episode: int, seed: int) -> None:
         images.append(padded[4 - down : 20 - down, 4 - right : 20 - right])  # 16 / 8 = 2 pixels each way
     pixels = (np.stack(images) - np.float32(BANK.mean)) / np.float32(BANK.std)
 
-    batch = sample_episodes(BANK, config, "train", episode, 1)
-    assert batch.rows.classes.tolist() == [classes]
-    assert np.concatenate([batch.rows.support, batch.rows.query], axis=1).tolist() == [rows]
+    batch, drawn = sample_episodes(BANK, config, "train", episode, 1), draw_rows(BANK, config, "train", episode, 1)
+    assert drawn.classes.tolist() == [classes]
+    assert np.concatenate([drawn.support, drawn.query], axis=1).tolist() == [rows]
+    assert drawn.labels.tolist() == batch.labels.tolist()
     assert batch.labels.tolist() == [[i for i in range(n) for _ in range(q)]]
     np.testing.assert_array_equal(batch.images[0].permute(0, 2, 3, 1), pixels)
     np.testing.assert_allclose(batch.noise.flatten(), noise_reference(config, seed, 0, episode), atol=1e-6)
@@ -113,8 +123,10 @@ def test_a_whole_paper_episode(split: Split) -> None:
         angles = [ANGLES[word * 5 >> 32] for word in words(seed, code, 3, episode, n)]
         shown = [(i, place) for i in range(n) for place in places[:k]] + [(target, places[k])]
         rows = [members(bank, classes[i])[place] for i, place in shown]
-        assert [*batch.rows.support[0], *batch.rows.query[0]] == rows
-        assert batch.labels.tolist() == [[target]]
+        drawn = draw_rows(bank, PAPER, split, episode, 1)
+        assert [*drawn.support[0], *drawn.query[0]] == rows
+        assert drawn.classes.tolist() == [classes]
+        assert batch.labels.tolist() == drawn.labels.tolist() == [[target]]
         turned = [
             ndimage.rotate(bank.images[row].astype(float), angles[i], reshape=False, mode="nearest", order=3)
             for row, (i, _) in zip(rows, shown, strict=True)
@@ -145,7 +157,8 @@ def test_any_slicing_gives_the_same_episodes(config: Config) -> None:
         parts = [sample_episodes(BANK, config, "train", 40 + rank * share, share) for rank in range(world_size)]
         for name, tensor in joined(parts).items():
             assert torch.equal(tensor, getattr(whole, name)), (world_size, name)
-    assert len({tuple(row) for row in np.hstack([whole.rows.support, whole.rows.query]).tolist()}) == 8, "none twice"
+    drawn = draw_rows(BANK, config, "train", 40, 8)
+    assert len({tuple(row) for row in np.hstack([drawn.support, drawn.query]).tolist()}) == 8, "none twice"
     same(whole, sample_episodes(BANK, config, "train", 40, 8))
 
 
@@ -171,10 +184,8 @@ def test_one_setting_does_not_move_what_others_draw() -> None:
     for other in (more, plain, paper):
         np.testing.assert_array_equal(other.classes, base.classes)
     np.testing.assert_array_equal(more.support, base.support)
-    np.testing.assert_array_equal(more.query.reshape(50, 5, 5)[..., :3], base.query.reshape(50, 5, 3))
-    np.testing.assert_array_equal(plain.query, base.query)
-    assert plain.flips is None
-    assert plain.shifts is None
+    np.testing.assert_array_equal(more.query.reshape(50, 5, 5)[..., :3], base.episodes.query.reshape(50, 5, 3))
+    np.testing.assert_array_equal(plain.query, base.episodes.query)
     noise = [sample_episodes(BANK, c, "train", 0, 3).noise for c in (STANDARD, STANDARD.replace(query=5), PAPER)]
     assert torch.equal(noise[0], noise[1])
     assert torch.equal(noise[0], noise[2])
@@ -226,9 +237,9 @@ def test_shapes_layout_and_device() -> None:
 def test_val_and_test_images_are_untouched(split: Split) -> None:
     bank = make_bank(UNEQUAL, split)
     config = STANDARD.replace(eval_query=4)
-    batch = sample_episodes(bank, config, split, 0, 6)
+    batch, drawn = sample_episodes(bank, config, split, 0, 6), draw_rows(bank, config, split, 0, 6)
     assert batch.query.shape[1] == 20
-    for tensor, rows in ((batch.support, batch.rows.support), (batch.query, batch.rows.query)):
+    for tensor, rows in ((batch.support, drawn.support), (batch.query, drawn.query)):
         plain = (bank.images[rows] - np.float32(bank.mean)) / np.float32(bank.std)  # (B, S, H, W, C)
         np.testing.assert_array_equal(tensor.permute(0, 1, 3, 4, 2), plain)
 
@@ -244,7 +255,17 @@ def test_load_images_does_not_augment() -> None:
         np.testing.assert_array_equal(got.permute(0, 2, 3, 1), plain)
 
 
+def test_a_batch_and_what_was_drawn_print_as_one_line() -> None:
+    batch = sample_episodes(BANK, STANDARD, "train", 0, 4)
+    assert repr(batch) == "EpisodeBatch(4 episodes: 5-way 2-shot, 15 queries, images (3, 16, 16), cpu)"
+    assert repr(BANK) == "ImageBank(toy, train: 112 images of 16 x 16 x 3, 8 classes)"
+
+
 # ---- statistics: the sum of (observed - expected)^2 / expected has mean d and variance 2d ----
+
+
+def drawn(bank: ImageBank, config: Config, count: int) -> Drawn:
+    return EpisodeSampler(bank, config).draw(torch.arange(count))
 
 
 def assert_uniform(values: np.ndarray, outcomes: int) -> None:
@@ -262,34 +283,33 @@ def test_classes_images_and_augmentation_are_uniform() -> None:
     for column in (0, 1, 9):
         assert_uniform(rows.support[:, column], 240)
     assert_uniform(rows.query[:, 7], 240)
-    assert rows.flips is not None
-    assert rows.shifts is not None
-    assert_uniform(rows.flips * 9 + (rows.shifts[..., 0] + 1) * 3 + rows.shifts[..., 1] + 1, 18)
-    assert_uniform(rows.flips[:, 0] * 2 + rows.flips[:, 10], 4)
+    (parameters,) = drawn(bank, STANDARD, 20_000).parameters  # (20_000, S + T, 3)
+    flips, down, right = parameters.numpy().transpose(2, 0, 1)
+    assert_uniform(flips * 9 + (down + 1) * 3 + right + 1, 18)
+    assert_uniform(flips[:, 0] * 2 + flips[:, 10], 4)
 
 
 def test_shifts_reach_an_eighth_of_the_image() -> None:
-    rows = draw_rows(make_bank([6] * 5, side=32), STANDARD, "train", 0, 200)
-    assert rows.shifts is not None
-    assert np.unique(rows.shifts).tolist() == list(range(-4, 5))
+    (parameters,) = drawn(make_bank([6] * 5, side=32), STANDARD, 200).parameters
+    assert np.unique(parameters[..., 1:]).tolist() == list(range(-4, 5))
 
 
 def test_paper_draws_are_uniform() -> None:
-    rows = draw_rows(make_bank([20] * 12, side=8), PAPER, "train", 0, 20_000)
-    assert rows.angles is not None
-    assert_uniform(rows.labels, 5)
-    assert_uniform(rows.angles, 5)
-    assert_uniform(rows.angles[:, 0] * 25 + rows.angles[:, 1] * 5 + rows.labels[:, 0], 125)
-    assert_uniform(rows.query % 20, 20)
+    found = drawn(make_bank([20] * 12, side=8), PAPER, 20_000)
+    labels, angles = found.labels.numpy(), found.parameters[0][:, ::2, 0].numpy()  # (20_000, 1), (20_000, N + 1)
+    assert_uniform(labels, 5)
+    assert_uniform(angles[:, :5], 5)
+    assert_uniform(angles[:, 0] * 25 + angles[:, 1] * 5 + labels[:, 0], 125)
+    assert_uniform(found.rows[:, -1].numpy() % 20, 20)
 
 
 @pytest.mark.parametrize(("ways", "known"), [(5, 0.672), (20, 0.247)])
 def test_angles_alone_leak_the_label_under_paper(ways: int, known: float) -> None:
     """Guess among the classes turned as the query is: (1 - (4/5)^n) / (n/5) are right."""
-    rows = draw_rows(make_bank([4] * 20, "test", side=8), PAPER.replace(ways=ways), "test", 0, 20_000)
-    assert rows.angles is not None
-    seen = np.take_along_axis(rows.angles, rows.labels, axis=1)  # what the query shows
-    right = 1 / (rows.angles == seen).sum(axis=1)  # expectation over ties
+    found = drawn(make_bank([4] * 20, "test", side=8), PAPER.replace(ways=ways, shot=1), 20_000)
+    angles, seen = found.parameters[0][..., 0].numpy()[:, :-1], found.parameters[0][:, -1].numpy()  # support, query
+    np.testing.assert_array_equal(np.take_along_axis(angles, found.labels.numpy(), axis=1), seen)
+    right = 1 / (angles == seen).sum(axis=1)  # expectation over ties
     formula = (1 - 0.8**ways) / (ways / 5)
     assert formula == pytest.approx(known, abs=5e-4)
     assert abs(right.mean() - formula) < 4 * right.std() / math.sqrt(20_000)

@@ -1,15 +1,13 @@
-"""The fuzzer: no changed file makes a reader raise anything but ValueError, and one that would is found and named."""
+"""The fuzzer: no changed file makes a reader raise anything but ValueError, and a reader that does is found."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import fuzz
 import pytest
-from test_scripts import script
 
 from lgm_dist.data import manifest as manifests
-
-fuzz = script("fuzz")
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

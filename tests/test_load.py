@@ -39,15 +39,16 @@ def test_a_copied_run_classifies_as_the_trained_one_without_its_data(
     with torch.no_grad():
         wanted = learner.model(batch.support, batch.query, 3)  # (4, T, 3)
 
+    drawn = draw_rows(bank, learner.config, "test", 0, 4)
+    rows = np.concatenate([drawn.support, drawn.query], axis=1)  # (4, S + T)
     monkeypatch.setattr("lgm_dist.data.bank.read_manifest", None)  # nothing opens the data set
     copy = load_run(str(copied))
     assert not copy.model.training
-    rows = torch.cat([torch.from_numpy(batch.rows.support), torch.from_numpy(batch.rows.query)], 1)  # type: ignore[union-attr]
     pixels = np.stack([bank.images[row] for row in rows.flatten().tolist()])  # (4 * (S + T), H, W, C)
     images = copy.prepare(pixels).unflatten(0, rows.shape)  # (4, S + T, C, H, W)
     assert torch.equal(images, batch.images)
     with torch.no_grad():
-        assert torch.equal(copy.model(images[:, : batch.shots], images[:, batch.shots :], 3), wanted)
+        assert torch.equal(copy.model(images[:, :6], images[:, 6:], 3), wanted)
 
 
 def test_the_best_checkpoint_is_loaded_or_the_one_that_is_named(trained: Path) -> None:
@@ -135,4 +136,4 @@ def test_banks_and_batches_show_themselves_in_one_line(tiny: Path, small: Config
     bank = open_bank(tiny, "train")
     assert repr(bank) == "ImageBank('tiny', train: 6 classes, 144 images of 16 x 16 x 3)"
     batch = sample_episodes(bank, small, "train", 0, 4)
-    assert repr(batch) == "EpisodeBatch(4 episodes of 6 support and 6 query images of 3 x 16 x 16, cpu)"
+    assert repr(batch) == "EpisodeBatch(4 episodes: 3-way 2-shot, 6 queries, images (3, 16, 16), cpu)"

@@ -1,4 +1,4 @@
-"""Episodes from memory, ours and plain numpy's, and evaluations."""
+"""Speed of sampling episodes, against plain numpy and other libraries; and of evaluations, which sample most of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from lgm_dist.bench.measure import Section, Spread, in_turn, plain, ratio
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.episodes import gather_episodes, load_images, sample_episodes
+from lgm_dist.data.episodes import EpisodeSampler, load_images
 from lgm_dist.extras import installed
 from lgm_dist.model import LGMNet
 from lgm_dist.training.evaluation import evaluate
@@ -33,14 +33,13 @@ def data(bank: ImageBank, rounds: int, threads: int = 2, against: Sequence[str] 
     torch.set_num_threads(threads)
     keep_freed_memory()
     position = iter(range(0, 1 << 30, EPISODES))
+    sampler, augmented = (EpisodeSampler(bank, config) for config in (CONFIG, CONFIG.replace(augment=True)))
     contenders: dict[str, Callable[[], object]] = {
-        "lgm_dist, uint8": lambda: gather_episodes(bank, CONFIG, "train", next(position), EPISODES),
+        "lgm_dist, uint8": lambda: gather(sampler, bank, next(position)),
         "plain numpy, uint8": lambda: plainly(bank, False),
-        "lgm_dist, normalised float32": lambda: sample_episodes(bank, CONFIG, "train", next(position), EPISODES),
+        "lgm_dist, normalised float32": lambda: sampler(next(position), EPISODES),
         "plain numpy, normalised float32": lambda: plainly(bank, True),
-        "lgm_dist, augmented, normalised": lambda: sample_episodes(
-            bank, CONFIG.replace(augment=True), "train", next(position), EPISODES
-        ),
+        "lgm_dist, augmented, normalised": lambda: augmented(next(position), EPISODES),
     } | {f"{name}, normalised float32": work for name, work in peers.items()}
     found = in_turn({name: _timed(work) for name, work in contenders.items()}, rounds, warmup=3)
     rows = []
@@ -90,6 +89,12 @@ def _timed(work: Callable[[], object]) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return run
+
+
+def gather(sampler: EpisodeSampler, bank: ImageBank, start: int) -> torch.Tensor:
+    """The images of EPISODES episodes as they lie in the bank: (episodes * 80, H, W, C) uint8."""
+    rows = sampler.draw_rows(torch.arange(start, start + EPISODES))[0]  # (episodes, 80)
+    return bank.tensor.index_select(0, rows.flatten())
 
 
 def _rate(seconds: Spread) -> Spread:

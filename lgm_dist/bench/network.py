@@ -96,7 +96,7 @@ def flops(steps: StepSetup, model: ModelConfig | None = None) -> int:
     half = [steps.size]
     for _ in range(5):
         half.append(-(-half[-1] // 2))
-    first = images * conv(half[0], model.channels)
+    first = images * conv(half[0], model.channels or 3)
     extractor = images * (conv(half[1], f) + conv(half[2], f) + conv(half[3], f))
     encoder = support * (conv(half[3], f) + conv(half[4], f) + conv(half[5], f, 2 * model.noise_size))
     generator = 2 * 2 * model.noise_size * (9 * f + 1) * f

@@ -58,7 +58,7 @@ def batch_of(steps: StepSetup) -> EpisodeBatch:
     images = random.standard_normal((b, s + t, steps.size, steps.size, 3), np.float32)
     labels = torch.from_numpy(random.integers(0, steps.ways, (b, t)))
     noise = torch.from_numpy(random.standard_normal((b, 2, 32), np.float32))
-    return EpisodeBatch(torch.from_numpy(images).permute(0, 1, 4, 2, 3), labels, noise, s)
+    return EpisodeBatch(torch.from_numpy(images).permute(0, 1, 4, 2, 3), labels, noise, steps.ways, steps.shot)
 
 
 def stepper(steps: StepSetup) -> Callable[[], float]:

@@ -37,7 +37,7 @@ def fit(config: Config, group: str = "") -> Path:
     `storage_seconds`, and RunFailed if the workers keep failing, the loss is not finite, or SIGTERM or Ctrl-C stops the run.
     """
     job = make_job(config)  # checks everything that can be checked before the start
-    run = Path(job.run)
+    run, config = Path(job.run), Config.from_dict(job.config)  # with what the data set decides, such as the channels
     with lock_run(run):
         if is_finished(run, config):
             notify(

@@ -1,4 +1,4 @@
-"""ImageBank: the decoded images of one split, grouped by class, in a memory-mapped file shared by all processes of a node."""
+"""ImageBank: the decoded images of one split, grouped by class, in a memory-mapped file that all processes of a node share."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageBank:
-    """All images of one split; class c owns rows offsets[c] to offsets[c + 1]."""
+    """All images of one split. Class c owns rows offsets[c] to offsets[c + 1] - 1."""
 
     name: str
-    """Data set."""
+    """Name of the data set."""
     split: Split
     images: npt.NDArray[np.uint8]
     """(n, H, W, C), memory-mapped and read-only."""
     offsets: npt.NDArray[np.int64]
     """(classes + 1,)"""
     classes: tuple[str, ...]
+    """Name of each class."""
     groups: tuple[str, ...]
-    """Superclass (or script) of each class, "" where there is none."""
+    """Superclass (or script) of each class, "" if it has none."""
     mean: tuple[float, ...]
-    """Per channel over the images of the train split, on the 0 to 255 scale."""
+    """Mean of each channel over the images of the train split, on the 0 to 255 scale."""
     std: tuple[float, ...]
+    """Standard deviation, likewise."""
     digest: str = ""
     """sha256 of the manifest (hex)."""
 
@@ -53,9 +55,20 @@ class ImageBank:
         """Images of each class, (classes,)."""
         return np.diff(self.offsets)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W, C of an image."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
+    @property
+    def channels(self) -> int:
+        """C: 1 for grey images, 3 for RGB."""
+        return self.shape[2]
+
     @cached_property
     def tensor(self) -> Tensor:
-        """The same memory as `images`, (n, H, W, C) uint8, for torch to read; writing to it would end the process."""
+        """The memory of `images` as a tensor, (n, H, W, C) uint8. Writing to it would end the process."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return torch.from_numpy(self.images)
@@ -64,15 +77,15 @@ class ImageBank:
 def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
     """The images of one split of a prepared data set, shared by all processes of this machine.
 
-    The first call decodes the shards into the cache folder while other processes wait for it; every later one maps
-    the file without reading the shards. Within a class the images are sorted by key.
+    The first call decodes the shards into the cache folder while other processes wait for it. Later calls map the file and do
+    not read the shards. Within a class the images are sorted by key.
 
     Args:
         manifest: Path or URL of NAME.json.
         split: train, val or test.
         cache: Cache folder (see `cache_folder`).
 
-    Raises ValueError for a missing or damaged manifest or shard, and where the cache cannot be written.
+    Raises ValueError if the manifest or a shard is missing or damaged, and if the cache cannot be written.
     """
     if split not in SPLITS:
         raise ValueError(f"split ({split!r}) must be one of {', '.join(SPLITS)}")
@@ -98,7 +111,7 @@ def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
 
 
 def cache_folder(cache: str = "") -> Path:
-    """`cache`, else the environment's LGM_DIST_CACHE, else lgm_dist in the user's cache folder."""
+    """`cache`, else LGM_DIST_CACHE of the environment, else lgm_dist in the user's cache folder."""
     if chosen := cache or os.environ.get("LGM_DIST_CACHE", ""):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgm_dist"
@@ -109,28 +122,28 @@ def _complete(path: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _build(manifest: Manifest, split: Split, path: Path) -> None:
-    """Decode a split into `path`. The caller holds the lock, so the two files beside it are ours alone."""
-    from lgm_dist.data.shards import read_images  # here, as an open bank needs neither webdataset nor PIL
+    """Decode a split into `path`. The caller holds the lock, so no other process uses the two temporary files."""
+    from lgm_dist.data.shards import read_images  # an open bank needs neither webdataset nor PIL
 
     notify(f"decoding {manifest.splits[split].images:,} images of {manifest.name}, split {split}")
     start = time.perf_counter()
-    arrival, partial = path.with_suffix(".arrival"), path.with_suffix(".partial")
+    unsorted, partial = path.with_suffix(".unsorted"), path.with_suffix(".partial")
     try:
         rows: list[tuple[int, str]] = []
-        with arrival.open("wb") as file:
+        with unsorted.open("wb") as file:
             for key, image, label in read_images(manifest, split):
                 rows.append((label, key))
                 file.write(image.tobytes())
-        _copy_rows(arrival, partial, sorted(range(len(rows)), key=rows.__getitem__), manifest.shape)
+        _copy_rows(unsorted, partial, sorted(range(len(rows)), key=rows.__getitem__), manifest.shape)
         partial.replace(path)
     finally:
-        arrival.unlink(missing_ok=True)
+        unsorted.unlink(missing_ok=True)
         partial.unlink(missing_ok=True)
     log.info("decoded %d images of %s into %s in %.1f s", len(rows), split, path, time.perf_counter() - start)
 
 
 def _copy_rows(source: Path, target: Path, order: list[int], shape: tuple[int, int, int]) -> None:
-    """Write the images of `source` to `target` in the given order, and to the disk before the caller renames it."""
+    """Write the images of `source` to `target` in the given order, and to the disk before the caller renames the file."""
     images = np.memmap(source, np.uint8, "r", shape=(len(order), *shape))  # (n, H, W, C)
     with target.open("wb") as file:
         for start in range(0, len(order), 1024):

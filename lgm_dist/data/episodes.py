@@ -1,17 +1,18 @@
 """Episodes: which images of a bank they hold, and the tensors that the model is given.
 
-Episode i is a pure function of (seed, split, i) and the settings: any worker can make any part of the stream, a resumed
-run starts the range elsewhere, and slices of a range give the same episodes as the whole range.
+Episode i is a pure function of (seed, split, i) and the settings. Any worker can make any part of the stream, a resumed run
+starts at any episode, and slices of a range give the same episodes as the whole range.
 
-Shapes: B episodes, N ways, K shots, S = N*K support images, Q queries of each class, T = N*Q query images (protocol
-paper: T = 1), C channels, H x W pixels, Z noise of one generated layer. Support image i*K + j is shot j of class i; so
-are query images i*Q + j of class i under protocol standard.
+Shapes: B episodes, N ways, K shots, Q queries of each class, S = N * K support images, T = N * Q query images (protocol paper:
+T = 1), C channels, H x W pixels, Z noise of one generated layer. Support image i * K + j is shot j of class i; under protocol
+standard, query image i * Q + j is query j of class i.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,36 +20,29 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import Config, Split
-from lgm_dist.data.augment import ANGLES, Index, Pixels, flip_shift, rotate
+from lgm_dist.data.augment import augmentations_of
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.philox import Purpose, Words, below, choose, draws, normals
+from lgm_dist.data.images import Normalisation, load_images, statistics, to_pixels
+from lgm_dist.data.philox import Purpose, RandomWords, bounded, choose, normals
 
-Augmentation = Callable[[Pixels, slice], npt.NDArray[np.uint8] | npt.NDArray[np.float32]]
-"""Pixels of a slice of the images (m, H, W, C), and which slice it is -> the same, augmented, on the same scale."""
+__all__ = [
+    "Drawn",
+    "EpisodeBatch",
+    "EpisodeRows",
+    "EpisodeSampler",
+    "check_episodes",
+    "draw_noise",
+    "draw_rows",
+    "load_images",
+    "sample_episodes",
+    "statistics",
+    "to_pixels",
+]
 
-_PAPER_MEAN, _PAPER_STD = 113.77, 70.1899  # the authors' data.py: one scalar each, for all channels
-_VALUES_AT_ONCE = 2**20
-"""Pixel values made ready at a time: they stay in the cache from the bank's bytes to the last step of the normalisation."""
+_VARIANTS_AT_ONCE = 1024
+"""Images whose variants are made at a time."""
 
-
-@dataclass(frozen=True)
-class EpisodeRows:
-    """What was drawn for B episodes; rows count from the start of the bank."""
-
-    support: Index
-    """(B, S)"""
-    query: Index
-    """(B, T)"""
-    labels: Index
-    """(B, T): which of the N classes each query shows."""
-    classes: Index
-    """(B, N): the bank's numbers of the classes, in the order of the labels."""
-    angles: Index | None = None
-    """(B, N): protocol paper; the place in ANGLES of each class's rotation."""
-    flips: npt.NDArray[np.bool_] | None = None
-    """(B, S + T): augmented training under protocol standard; which images are mirrored, support first."""
-    shifts: Index | None = None
-    """(B, S + T, 2): likewise; pixels down and to the right."""
+Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -56,44 +50,200 @@ class EpisodeBatch:
     """B episodes, ready for the model."""
 
     images: Tensor
-    """(B, S + T, C, H, W) float32, normalised, support first; in memory channels come last."""
+    """(B, S + T, C, H, W) float32, normalised, support images first; in memory channels come last."""
     labels: Tensor
-    """(B, T) int64"""
+    """(B, T) int64: which of the N classes each query image shows."""
     noise: Tensor
-    """(B, 2, Z) float32 standard normals: the noise of the two generated layers, should it be wanted."""
-    shots: int
-    """S"""
-    rows: EpisodeRows | None = None
-    """What was drawn; None where it was drawn on the device."""
-
-    def __repr__(self) -> str:
-        episodes, images, *size = self.images.shape
-        counts = f"{self.shots} support and {images - self.shots} query images of {' x '.join(map(str, size))}"
-        return f"EpisodeBatch({episodes:,} episodes of {counts}, {self.images.device})"
+    """(B, 2, Z) float32 standard normals: the noise of the two generated layers, for a model that samples its weights."""
+    ways: int
+    """N"""
+    shot: int
+    """K"""
 
     @property
     def support(self) -> Tensor:
         """(B, S, C, H, W), a view of `images`."""
-        return self.images[:, : self.shots]
+        return self.images[:, : self.ways * self.shot]
 
     @property
     def query(self) -> Tensor:
         """(B, T, C, H, W), a view of `images`."""
-        return self.images[:, self.shots :]
+        return self.images[:, self.ways * self.shot :]
 
     def to(self, device: torch.device | str) -> EpisodeBatch:
-        """The same batch with its tensors on `device`; `rows` stays where it is."""
+        """The same batch on `device`."""
         images, labels, noise = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.noise))
         return replace(self, images=images, labels=labels, noise=noise)
+
+    def __repr__(self) -> str:
+        b, images, *shape = self.images.shape
+        queries = images - self.ways * self.shot
+        return (
+            f"EpisodeBatch({b} episodes: {self.ways}-way {self.shot}-shot, {queries} queries, "
+            f"images {tuple(shape)}, {self.images.device})"
+        )
+
+
+class Drawn(NamedTuple):
+    """What was drawn for B episodes, on the sampler's device."""
+
+    rows: Tensor
+    """(B, S + T) int64: rows of the bank, support images first."""
+    labels: Tensor
+    """(B, T) int64"""
+    classes: Tensor
+    """(B, N) int64: the bank's numbers of the classes, in the order of the labels."""
+    noise: Tensor
+    """(B, 2, Z) float32"""
+    parameters: tuple[Tensor, ...]
+    """(B, S + T, P) for each augmentation."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Drawn:
+        """`change` applied to every tensor."""
+        rows, labels, classes, noise = (change(t) for t in self[:4])
+        return Drawn(rows, labels, classes, noise, tuple(change(t) for t in self.parameters))
+
+
+class EpisodeSampler:
+    """Makes episodes of a bank's split on a device: `EpisodeSampler(bank, config)(start, count)`.
+
+    On the CPU it reads the bank's mapped file. On another device it keeps all images there, as uint8; of an augmentation with a
+    few variants (the rotation of protocol paper has five) it keeps all variants, as float32: 61 KB for an image of 32 x 32.
+    There nothing waits for the host, so that a CUDA graph can hold both `draw` and `make`. All devices make the same episodes,
+    except for the last bit of the noise.
+
+    Args:
+        resident: Keep the images on the device (default: if it is not the CPU).
+
+    Raises ValueError as `check_episodes` does.
+    """
+
+    def __init__(
+        self, bank: ImageBank, config: Config, device: torch.device | str = "cpu", *, resident: bool | None = None
+    ) -> None:
+        check_episodes(config, bank.split, bank.name, bank.counts.tolist(), bank.classes)
+        self.config, self.split, self.device = config, bank.split, torch.device(device)
+        self.shape = config.episode(bank.split)
+        self.augmentations = tuple(make(bank.shape) for make in augmentations_of(config, bank.split))
+        self._offsets = torch.from_numpy(bank.offsets).to(self.device)  # (classes + 1,)
+        self._words = RandomWords(_seed(config, bank.split), bank.split, self._word_counts(), self.device)
+        self._normalise = Normalisation(bank, config, self.device)
+        self._count, self._pixels, self._variants = len(bank.images), bank.tensor, False
+        if self.device.type != "cpu" if resident is None else resident:
+            self._variants = bool(self.augmentations) and self.augmentations[0].variants > 0
+            self._pixels = (self._all_variants(bank) if self._variants else bank.tensor.clone()).to(self.device)
+
+    def __call__(self, start: int, count: int) -> EpisodeBatch:
+        """Episodes start to start + count - 1 of the stream."""
+        return self.make(self.draw(torch.arange(start, start + count, device=self.device)))
+
+    def draw(self, episodes: Tensor) -> Drawn:
+        """Draws the episodes of these numbers (B,), int64. On a GPU this takes as long for many as for few."""
+        words = self._words(episodes)
+        rows, labels, classes = self._rows(words)
+        noise = normals(words[Purpose.NOISE]).unflatten(1, (2, -1))  # (B, 2, Z)
+        return Drawn(rows, labels, classes, noise, self._parameters(words, labels))
+
+    def draw_rows(self, episodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B, S + T), labels (B, T) and classes (B, N) of the same episodes alone; see `Drawn`."""
+        return self._rows(self._words(episodes))
+
+    def make(self, drawn: Drawn) -> EpisodeBatch:
+        """The episodes that were drawn, their images augmented and normalised."""
+        rows, todo = (
+            drawn.rows.flatten(),
+            [
+                (augmentation, parameters.flatten(0, 1))  # (B * (S + T), P)
+                for augmentation, parameters in zip(self.augmentations, drawn.parameters, strict=True)
+            ],
+        )
+        if self._variants:
+            rows = rows + todo.pop(0)[1][:, 0] * self._count
+
+        def augment(images: Tensor, place: slice) -> Tensor:
+            for augmentation, parameters in todo:
+                images = augmentation.apply(images, parameters[place])
+            return images
+
+        images = self._normalise(self._pixels, rows, augment).unflatten(0, drawn.rows.shape)  # (B, S + T, C, H, W)
+        return EpisodeBatch(images, drawn.labels, drawn.noise, self.shape.ways, self.shape.shot)
+
+    def _word_counts(self) -> dict[int, int]:
+        """Random words of an episode by purpose."""
+        n, k, q, queries = self.shape
+        paper = self.config.episodes.protocol == "paper"
+        counts: dict[int, int] = {Purpose.CLASSES: n, Purpose.IMAGES: k + 1 if paper else n * (k + q)}
+        counts |= {Purpose.TARGET: 1} if paper else {}
+        for a in self.augmentations:
+            counts[a.purpose] = a.words * (n if a.per_class else n * k + queries)
+        return counts | {Purpose.NOISE: 2 * self.config.model.noise_size}
+
+    def _rows(self, words: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B, S + T), labels (B, T), classes (B, N)."""
+        return self._paper(words) if self.config.episodes.protocol == "paper" else self._standard(words)
+
+    def _standard(self, words: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B, S + T), labels (B, T), classes (B, N): K + Q images of each class, chosen in each class by itself."""
+        n, k, q, _ = self.shape
+        classes = self._classes(words)  # (B, N)
+        # Draw by draw over all classes: with more queries the images before them stay as they are.
+        of_class = words[Purpose.IMAGES].unflatten(1, (k + q, n)).transpose(1, 2)  # (B, N, K + Q)
+        index = choose(of_class, self._offsets.diff()[classes])  # (B, N, K + Q)
+        rows = self._offsets[classes][..., None] + index  # (B, N, K + Q)
+        labels = torch.arange(n, device=self.device).repeat_interleave(q).repeat(len(rows), 1)  # (B, T)
+        return torch.cat([rows[..., :k].flatten(1), rows[..., k:].flatten(1)], dim=1), labels, classes
+
+    def _paper(self, words: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B, S + 1), labels (B, 1), classes (B, N): the same K + 1 places in each class, the last one for the query."""
+        n, k = self.shape.ways, self.shape.shot
+        classes = self._classes(words)  # (B, N)
+        labels = bounded(words[Purpose.TARGET], n)  # (B, 1)
+        index = choose(words[Purpose.IMAGES], self._offsets.diff()[classes].amin(1))  # (B, K + 1)
+        first = self._offsets[classes]  # (B, N)
+        support = (first[..., None] + index[:, None, :k]).flatten(1)  # (B, S)
+        return torch.cat([support, first.gather(1, labels) + index[:, k:]], dim=1), labels, classes
+
+    def _classes(self, words: dict[int, Tensor]) -> Tensor:
+        """(B, N)"""
+        return choose(words[Purpose.CLASSES], self._offsets.new_full((), len(self._offsets) - 1))
+
+    def _parameters(self, words: dict[int, Tensor], labels: Tensor) -> tuple[Tensor, ...]:
+        """Each augmentation's parameters of each image (B, S + T, P)."""
+        found = []
+        support = torch.arange(self.shape.ways, device=self.device).repeat_interleave(self.shape.shot)  # (S,)
+        for augmentation in self.augmentations:
+            own = words[augmentation.purpose].unflatten(1, (-1, augmentation.words))  # (B, S + T or N, words)
+            if augmentation.per_class:
+                label = torch.cat([support.expand(len(labels), -1), labels], dim=1)  # (B, S + T)
+                own = own.gather(1, label[..., None].expand(-1, -1, augmentation.words))  # (B, S + T, words)
+            found.append(augmentation.draw(own))
+        return tuple(found)
+
+    def _all_variants(self, bank: ImageBank) -> Tensor:
+        """All images in variant 0, then in variant 1, …: (variants * n, H, W, C) float32."""
+        first = self.augmentations[0]
+        changed = torch.empty(first.variants, *bank.images.shape)
+        for variant in range(first.variants):
+            for start in range(0, len(bank.images), _VARIANTS_AT_ONCE):
+                images = bank.tensor[start : start + _VARIANTS_AT_ONCE]
+                parameters = torch.full((len(images), 1), variant)
+                changed[variant, start : start + len(images)] = first.apply(images, parameters)
+        return changed.flatten(0, 1)
+
+
+def _seed(config: Config, split: Split) -> int:
+    return config.run.seed if split == "train" else config.episodes.eval_seed
 
 
 def check_episodes(
     config: Config, split: Split, name: str, counts: Sequence[int], class_names: Sequence[str] = ()
 ) -> None:
-    """Raise ValueError where a split with `counts[c]` images of class c is too small for the episodes that config asks.
+    """Check that a split with `counts[c]` images of class c is large enough for the episodes of `config`.
 
-    `name` is the data set's. Needs no images, so a manifest will do.
+    `name` is the data set's. Needs no images, so that a manifest is enough. Raises ValueError if the split is too small, or for
+    a wrong augmentation.
     """
+    augmentations_of(config, split)
     shape, of = config.episode(split), f"split {split} of '{name}'"
     if shape.ways > len(counts):
         raise ValueError(
@@ -110,148 +260,50 @@ def check_episodes(
         )
 
 
-def draw_rows(bank: ImageBank, config: Config, split: Split, start: int, count: int) -> EpisodeRows:
-    """Draw episodes start .. start + count - 1 of the stream.
+def sample_episodes(bank: ImageBank, config: Config, split: Split, start: int, count: int) -> EpisodeBatch:
+    """Episodes start to start + count - 1 of the stream, on the CPU, augmented as the protocol says and normalised.
 
-    Raises ValueError where the bank is another split's, has too few classes, or a class of it has too few images.
+    Raises ValueError as `draw_rows` does.
     """
+    return _sampler(bank, config, split, start)(start, count)
+
+
+class EpisodeRows(NamedTuple):
+    """The images of B episodes, in numpy; rows count from the start of the bank."""
+
+    support: Index
+    """(B, S)"""
+    query: Index
+    """(B, T)"""
+    labels: Index
+    """(B, T)"""
+    classes: Index
+    """(B, N): the bank's numbers of the classes, in the order of the labels."""
+
+
+def draw_rows(bank: ImageBank, config: Config, split: Split, start: int, count: int) -> EpisodeRows:
+    """Which images are in episodes start to start + count - 1 of the stream.
+
+    Raises ValueError if the bank is another split's, has too few classes, or too few images of a class.
+    """
+    sampler = _sampler(bank, config, split, start)
+    rows, labels, classes = (t.numpy() for t in sampler.draw_rows(torch.arange(start, start + count)))
+    support = sampler.shape.ways * sampler.shape.shot
+    return EpisodeRows(rows[:, :support], rows[:, support:], labels, classes)
+
+
+def draw_noise(config: Config, split: Split, start: int, count: int, draws: int) -> Tensor:
+    """`draws` draws of the noise of each episode: (draws, B, 2, Z) float32; draw 0 is the noise of sample_episodes."""
+    words = RandomWords(_seed(config, split), split, {Purpose.NOISE: draws * 2 * config.model.noise_size})
+    noise = normals(words(torch.arange(start, start + count))[Purpose.NOISE])  # (B, draws * 2 * Z)
+    by_draw: Tensor = noise.unflatten(1, (draws, 2, -1)).transpose(0, 1)  # (draws, B, 2, Z)
+    return by_draw.contiguous()
+
+
+def _sampler(bank: ImageBank, config: Config, split: Split, start: int) -> EpisodeSampler:
     assert start >= 0, start
     if bank.split != split:
         raise ValueError(
             f"split ({split}) was asked of the bank of split {bank.split} of '{bank.name}'; open {split}'s"
         )
-    sizes = np.diff(bank.offsets)  # (classes,)
-    check_episodes(config, split, bank.name, sizes.tolist(), bank.classes)
-    words = _words(config, split, Purpose.CLASSES, start, count, config.episode(split).ways)
-    classes = choose(words, np.full(count, len(sizes)))  # (B, N)
-    if config.episodes.protocol == "paper":
-        return _paper_rows(bank, config, split, start, classes)
-    rows = _standard_rows(bank, config, split, start, classes)
-    return (
-        _with_flips_and_shifts(bank, config, split, start, rows)
-        if config.episodes.augment and split == "train"
-        else rows
-    )
-
-
-def _words(config: Config, split: Split, purpose: Purpose, start: int, count: int, length: int) -> Words:
-    """`length` words of each of the episodes start .. start + count - 1: (count, length)."""
-    seed = config.run.seed if split == "train" else config.episodes.eval_seed
-    return draws(seed, split, purpose, np.arange(start, start + count, dtype=np.int64), length)
-
-
-def _standard_rows(bank: ImageBank, config: Config, split: Split, start: int, classes: Index) -> EpisodeRows:
-    """K + Q images of each class, chosen in each class by itself."""
-    (b, n), (_, k, q, _) = classes.shape, config.episode(split)
-    # Draw by draw over all classes: with more queries the images before them stay as they are.
-    words = _words(config, split, Purpose.IMAGES, start, b, (k + q) * n).reshape(b, k + q, n)  # (B, K+Q, N)
-    sizes = np.diff(bank.offsets)[classes].reshape(b * n)  # (B*N,)
-    index = choose(words.swapaxes(1, 2).reshape(b * n, k + q), sizes).reshape(b, n, k + q)  # (B, N, K+Q)
-    row = bank.offsets[classes][..., None] + index  # (B, N, K+Q)
-    labels = np.tile(np.arange(n).repeat(q), (b, 1))  # (B, T)
-    return EpisodeRows(row[..., :k].reshape(b, n * k), row[..., k:].reshape(b, n * q), labels, classes)
-
-
-def _paper_rows(bank: ImageBank, config: Config, split: Split, start: int, classes: Index) -> EpisodeRows:
-    """K + 1 places, the same in every class of an episode, and one query, which is turned as its class is."""
-    (b, n), k = classes.shape, config.episode(split).shot
-    labels = below(_words(config, split, Purpose.TARGET, start, b, 1), n)  # (B, 1)
-    sizes = np.diff(bank.offsets)[classes].min(axis=1)  # (B,)
-    index = choose(_words(config, split, Purpose.IMAGES, start, b, k + 1), sizes)  # (B, K+1)
-    angles = below(_words(config, split, Purpose.ROTATION, start, b, n), len(ANGLES))  # (B, N)
-    first = bank.offsets[classes]  # (B, N)
-    support = (first[..., None] + index[:, None, :k]).reshape(b, n * k)  # (B, S)
-    query = np.take_along_axis(first, labels, axis=1) + index[:, k:]  # (B, 1)
-    return EpisodeRows(support, query, labels, classes, angles=angles)
-
-
-def _with_flips_and_shifts(bank: ImageBank, config: Config, split: Split, start: int, rows: EpisodeRows) -> EpisodeRows:
-    """Each image by itself: mirrored or not, and moved by up to an eighth of its height and width."""
-    b, images = len(rows.support), rows.support.shape[1] + rows.query.shape[1]
-    words = _words(config, split, Purpose.FLIP_SHIFT, start, b, 3 * images).reshape(b, images, 3)  # (B, S+T, 3)
-    reach = np.array(bank.images.shape[1:3]) // 8  # 4 of 32 pixels
-    return replace(rows, flips=below(words[..., 0], 2) == 1, shifts=below(words[..., 1:], 2 * reach + 1) - reach)
-
-
-def sample_episodes(bank: ImageBank, config: Config, split: Split, start: int, count: int) -> EpisodeBatch:
-    """Episodes start .. start + count - 1 of the stream, augmented as the protocol says and normalised.
-
-    Raises ValueError as draw_rows does.
-    """
-    rows = draw_rows(bank, config, split, start, count)
-    every = np.concatenate([rows.support, rows.query], axis=1)  # (B, S+T)
-    images = _ready(bank, config, every.ravel(), _augmentation(rows))  # (B*(S+T), C, H, W)
-    return EpisodeBatch(
-        images=images.unflatten(0, every.shape),  # (B, S+T, C, H, W)
-        labels=torch.from_numpy(rows.labels),
-        noise=draw_noise(config, split, start, count, 1)[0],
-        shots=rows.support.shape[1],
-        rows=rows,
-    )
-
-
-def gather_episodes(
-    bank: ImageBank, config: Config, split: Split, start: int, count: int
-) -> tuple[npt.NDArray[np.uint8], EpisodeRows]:
-    """The same episodes' images as they lie in the bank, (B, S + T, H, W, C), support first, and what was drawn."""
-    rows = draw_rows(bank, config, split, start, count)
-    every = np.concatenate([rows.support, rows.query], axis=1)  # (B, S+T)
-    return _gather(bank, every.ravel()).reshape(*every.shape, *bank.images.shape[1:]), rows
-
-
-def load_images(bank: ImageBank, config: Config, rows: Index) -> Tensor:
-    """The images of the given rows (n,), normalised, never augmented: (n, C, H, W) float32, channels_last in memory."""
-    return _ready(bank, config, rows, lambda pixels, _: pixels)
-
-
-def draw_noise(config: Config, split: Split, start: int, count: int, draws: int) -> Tensor:
-    """`draws` draws of the noise of each episode: (draws, B, 2, Z) float32; draw 0 is the noise of sample_episodes."""
-    z = config.model.noise_size
-    words = _words(config, split, Purpose.NOISE, start, count, draws * 2 * z)  # (B, draws*2*Z)
-    noise = normals(words).reshape(count, draws, 2, z)  # (B, draws, 2, Z)
-    return torch.from_numpy(noise.swapaxes(0, 1).copy())  # (draws, B, 2, Z)
-
-
-def to_pixels(images: Tensor, bank: ImageBank, config: Config) -> npt.NDArray[np.float32]:
-    """Normalised images (n, C, H, W) as a person sees them: (n, H, W, C), 0 to 1."""
-    mean, std = statistics(bank, config)
-    pixels = images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)  # (n, H, W, C)
-    shown: npt.NDArray[np.float32] = (pixels / 255).clamp(0, 1).numpy()
-    return shown
-
-
-def _gather(bank: ImageBank, rows: Index) -> Pixels:
-    return bank.tensor.index_select(0, torch.from_numpy(rows)).numpy()  # (n, H, W, C)
-
-
-def _augmentation(rows: EpisodeRows) -> Augmentation:
-    """What `rows` holds besides rows, to be done to any slice of the images (B*(S+T), H, W, C)."""
-    if rows.angles is not None:
-        query = np.take_along_axis(rows.angles, rows.labels, axis=1)  # (B, T)
-        support = rows.angles.repeat(rows.support.shape[1] // rows.angles.shape[1], axis=1)  # (B, S)
-        angle = np.concatenate([support, query], axis=1).ravel()  # (B*(S+T),)
-        return lambda pixels, piece: rotate(pixels, angle[piece])
-    if rows.flips is not None and rows.shifts is not None:
-        flip, (dy, dx) = rows.flips.ravel(), rows.shifts.reshape(-1, 2).T  # (B*(S+T),) each
-        return lambda pixels, piece: flip_shift(pixels, flip[piece], dy[piece], dx[piece])
-    return lambda pixels, _: pixels
-
-
-def _ready(bank: ImageBank, config: Config, rows: Index, augment: Augmentation) -> Tensor:
-    """The images of the given rows (n,), augmented and normalised: (n, C, H, W) float32, channels_last in memory."""
-    height, width, channels = bank.images.shape[1:]
-    mean, std = (torch.tensor(s).repeat(height * width) for s in statistics(bank, config))  # (H*W*C,)
-    out = torch.empty(len(rows), len(mean))
-    size = max(_VALUES_AT_ONCE // len(mean), 1)
-    for first in range(0, len(rows), size):
-        piece = slice(first, first + size)
-        pixels = augment(_gather(bank, rows[piece]), piece)  # (m, H, W, C)
-        out[piece].copy_(torch.from_numpy(pixels).flatten(1)).sub_(mean).div_(std)
-    return out.view(-1, height, width, channels).permute(0, 3, 1, 2)  # (n, C, H, W)
-
-
-def statistics(bank: ImageBank, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the normalisation, per channel on the 0 to 255 scale."""
-    if config.episodes.protocol == "paper":
-        return (_PAPER_MEAN,) * len(bank.mean), (_PAPER_STD,) * len(bank.std)
-    return bank.mean, bank.std
+    return EpisodeSampler(bank, config)

@@ -1,7 +1,7 @@
-"""Local files and http(s) URLs, copied as a whole or refused with an OSError that says why. Standard library only.
+"""Copies whole files from local paths and http(s) URLs, or raises OSError that says why not. Standard library only.
 
-webdataset's own opener hands URLs that begin with `pipe:` to a shell and the others to curl, which asks a failing server for
-a minute and waits for a silent one for ever.
+webdataset's own opener gives URLs that begin with `pipe:` to a shell and the others to curl, which asks a failing server for a
+minute and waits for a silent one for ever.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 TIMEOUT = 30.0
-"""Seconds for which a server may be silent."""
+"""Longest silence of a server, in seconds."""
 SLOWEST = 1000
-"""Bytes a second, on average, below which a server is given up after `TIMEOUT`."""
+"""A server that sends fewer bytes a second on average is given up after `TIMEOUT`."""
 TRIES = 3
-"""How often a server is asked that answers 5xx, is silent or drops the connection."""
+"""How often a server is asked if it answers 5xx, is silent or drops the connection."""
 PAUSE = 1.0
 """Seconds between two tries."""
 
 
 def is_url(location: str) -> bool:
-    """Whether `location` is a URL rather than a local path."""
+    """Return True if `location` is a URL rather than a local path."""
     return "://" in location
 
 
 def fetch(location: str, into: IO[bytes], most: int | None = None) -> None:
-    """Copies what lies at a path or an http(s) URL into the seekable file `into`.
+    """Copy the file at a path or an http(s) URL into the seekable file `into`.
 
-    A server that fails for a reason that may pass is asked again. Raises OSError, its text the reason alone, where the file is
-    missing, cut off, too slow in coming, or of more than `most` bytes.
+    A server that fails for a reason that may pass is asked again. Raises OSError, whose text is the reason alone, if the file
+    is missing, cut off, arrives too slowly, or has more than `most` bytes.
     """
     if not is_url(location):
         with open(location, "rb") as source:
@@ -55,7 +55,7 @@ def _fetch_url(url: str, into: IO[bytes], most: int | None) -> None:
             if fault.code < 500:
                 raise OSError(reason) from None
         except (http.client.InvalidURL, ValueError) as fault:
-            raise OSError(f"this is no URL: {fault}") from None
+            raise OSError(f"this is not a URL: {fault}") from None
         except (TimeoutError, ConnectionError, urllib.error.URLError, http.client.HTTPException) as fault:
             reason = _reason(fault)
         if left:
@@ -77,7 +77,7 @@ def _download(url: str, into: IO[bytes], most: int | None) -> None:
 
 
 def _blocks(source: Any, most: int | None) -> Iterator[bytes]:
-    """What has arrived so far, again and again: a whole block of a slow server may take for ever."""
+    """The bytes as they arrive: a whole block of a slow server may take for ever."""
     seen = 0
     while block := source.read1(2**20):
         seen += len(block)
@@ -98,5 +98,5 @@ def _reason(fault: Exception) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line without what a terminal obeys, of what a server has said."""
+    """A server's text as one short line without control characters, which a terminal would obey."""
     return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]

@@ -11,11 +11,11 @@ def unique_keys(names: Sequence[str], classes: Sequence[str]) -> list[str]:
     """Keys of the samples of one split, in order.
 
     Args:
-        names: The source files' names without their endings.
-        classes: The class name of each.
+        names: Names of the image files without their endings.
+        classes: The class name of each image.
 
-    A key is the file's name, dots and slashes (which webdataset takes for structure) replaced by "_". A name that
-    occurs more than once gets its class appended, and a number where that does not tell them apart either.
+    A key is the file's name, with "_" for dots and slashes (which webdataset takes for structure) and white space. A name that
+    occurs more than once gets its class appended, and a number if the class does not make it unique.
     """
     stems = [_clean(name) for name in names]
     often = Counter(stems)

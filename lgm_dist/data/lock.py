@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` (made with its folder where missing); other processes wait here.
+    """Hold the lock file `path`, which is created with its folder if necessary. Other processes wait here.
 
     The kernel frees the lock when its holder dies, so a killed process blocks nobody.
     """

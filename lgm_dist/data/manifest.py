@@ -16,16 +16,17 @@ from typing import Any
 
 from lgm_dist.config import SPLITS, Split
 from lgm_dist.data.fetch import fetch, is_url
+from lgm_dist.data.sources import prepare_command
 
 FORMAT = 1
 """Version of the manifest's format; a newer one is refused."""
 MOST_BYTES = 64 * 2**20
-"""Of a manifest; one of 10,000 classes in 10,000 shards has 2.5 MB."""
+"""Largest manifest that is read, in bytes. A manifest of 10,000 classes in 10,000 shards has 2.5 MB."""
 
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """A class: name, group (superclass or script, "" where there is none) and number of images."""
+    """A class: name, group (superclass or script, "" if it has none) and number of images."""
 
     name: str
     group: str
@@ -62,9 +63,9 @@ class Manifest:
     shape: tuple[int, int, int]
     """H, W, C of every image."""
     mean: tuple[float, ...]
-    """Per channel over all pixels of the train split, on the 0 to 255 scale."""
+    """Mean of each channel over all pixels of the train split, on the 0 to 255 scale."""
     std: tuple[float, ...]
-    """As mean; the standard deviation of the population (divided by n)."""
+    """Standard deviation of the population (divided by n), likewise."""
     splits: dict[Split, SplitEntry]
     location: str
     """Path or URL that it was read from."""
@@ -78,35 +79,25 @@ class Manifest:
 
     @property
     def remake(self) -> str:
-        """The command that prepares this data set anew."""
-        return remake_command(self.name, self.location, self.shape)
-
-
-def remake_command(name: str, location: str, shape: tuple[int, int, int] | None = None) -> str:
-    """The command that prepares the data set `name`, whose manifest lies at `location`, anew."""
-    out = "DIR" if is_url(location) else shlex.quote(str(Path(location).parent))
-    kind = {"glyphs": "glyphs", "fc100": "fc100 --source PATH"}.get(
-        name, f"folder --source PATH --name {shlex.quote(name)}"
-    )
-    size = f" --size {shape[0]}" if kind.startswith("folder") and shape and shape[0] == shape[1] else ""
-    return f"python scripts/prepare.py {kind} --out {out}{size}"
+        """The shell command that prepares this data set again."""
+        return _command(self.name, self.location, self.shape)
 
 
 def read_manifest(location: str) -> Manifest:
-    """The manifest at a path or URL. Raises ValueError with one sentence where it is missing, damaged or too new."""
+    """The manifest at a path or URL. Raises ValueError if it is missing, damaged or too new."""
     content = io.BytesIO()
     try:
         fetch(location, content, MOST_BYTES)
     except OSError as fault:
-        command = remake_command(_stem(location), location)
         raise ValueError(
-            f"cannot read the manifest {location} ({fault.strerror or fault}); prepare it with `{command}`"
+            f"cannot read the manifest {location} ({fault.strerror or fault}); prepare it with "
+            f"`{_command(_stem(location), location)}`"
         ) from fault
     return parse_manifest(content.getvalue(), location)
 
 
 def parse_manifest(content: bytes, location: str) -> Manifest:
-    """The manifest whose file holds `content`; `location` is where it came from. Errors as `read_manifest`."""
+    """The manifest in the bytes of its file; `location` is where they were read. Raises ValueError as `read_manifest`."""
     try:
         record = json.loads(content)
         version = _field(record, "format", int)
@@ -114,8 +105,8 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
             raise ValueError(f"has format {version}, newer than the {FORMAT} this version reads; update lgm_dist")
         return _manifest(record, location, hashlib.sha256(content).hexdigest())
     except (ValueError, OverflowError, RecursionError) as fault:
-        command = remake_command(_stem(location), location)
-        raise ValueError(f"manifest {location}: {fault}; `{command}` writes it anew") from fault
+        command = _command(_stem(location), location)
+        raise ValueError(f"manifest {location}: {fault}; write it again with `{command}`") from fault
 
 
 def manifest_bytes(
@@ -132,11 +123,16 @@ def manifest_bytes(
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError unless `name` is fit for file names, URLs and brace patterns."""
+    """Raise ValueError unless `name` can be part of file names, URLs and brace patterns."""
     _require(
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None and ".." not in name,
         f"name ({name!r}) must be letters, digits, '.', '_' or '-'; for example my-birds",
     )
+
+
+def _command(name: str, location: str, shape: tuple[int, int, int] | None = None) -> str:
+    """The shell command that prepares the data set whose manifest lies at `location`."""
+    return prepare_command(name, "DIR" if is_url(location) else shlex.quote(str(Path(location).parent)), shape)
 
 
 def _manifest(record: dict[str, Any], location: str, digest: str) -> Manifest:
@@ -203,7 +199,7 @@ def _numbers(record: Any, key: str, kind: Callable[[Any], Any], length: int) -> 
 
 
 def _field(record: Any, key: str, kind: type) -> Any:
-    _require(isinstance(record, dict), f"{record!r} stands where a record with {key!r} is wanted")
+    _require(isinstance(record, dict), f"{record!r} must be a record with {key!r}")
     _require(key in record, f"{key!r} is missing")
     value = record[key]
     good = isinstance(value, kind) and not isinstance(value, bool)

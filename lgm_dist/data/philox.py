@@ -1,29 +1,32 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-A draw is a pure function of (seed, split, purpose, episode, position): there is no state to save, to share among
-workers or to restore, and no draw depends on how many others were made.
+A number is a pure function of (seed, split, purpose, episode, position). There is no generator state to save, to share among
+workers or to restore, and no number depends on how many others are drawn.
+
+A word is an unsigned 32-bit number in an int64 tensor. All functions run on the device of their arguments and never wait for
+it, so that a CUDA graph can hold them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from enum import IntEnum
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from lgm_dist.config import SPLITS, Split
-
-Words = npt.NDArray[np.uint32]
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
+_LOW = 0xFFFFFFFF
 
 
 class Purpose(IntEnum):
-    """What a draw decides; each purpose has a stream of its own. The numbers are part of the streams: never reuse one."""
+    """What a random number decides. The numbers are part of the streams: never reuse one."""
 
     CLASSES = 0
     IMAGES = 1
@@ -33,62 +36,95 @@ class Purpose(IntEnum):
     NOISE = 5
 
 
-def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> Words:
-    """The ten-round bijection: counter (..., 4) of 32-bit words and a key of two -> (..., 4) random 32-bit words."""
-    c0, c1, c2, c3 = (counter[..., i] for i in range(4))
-    for turn in range(ROUNDS):
-        k0, k1 = (np.uint64((k + turn * w) & 0xFFFFFFFF) for k, w in zip(key, WEYL, strict=True))
-        p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
-        c0, c1, c2, c3 = (p1 >> _HALF) ^ c1 ^ k0, p1 & _LOW, (p0 >> _HALF) ^ c3 ^ k1, p0 & _LOW
-    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)  # (..., 4)
+FIRST_FREE_PURPOSE = 1000
+"""Purposes from here up to LAST_PURPOSE are for augmentations from outside the package."""
+LAST_PURPOSE = 2**16 - 1
 
 
-def draws(seed: int, split: Split, purpose: Purpose, episodes: npt.NDArray[np.int64], count: int) -> Words:
-    """`count` random 32-bit words of each episode: episodes (B,) -> (B, count).
+class Philox:
+    """The ten-round bijection with a key of two words, on one device."""
 
-    The key is the 64-bit seed (low word, high word). The counter's words are: block, episode (low, high), and
-    65536 * number of the split + purpose. Block b holds words 4b to 4b + 3, so a longer draw begins with the shorter.
+    def __init__(self, key: tuple[int, int], device: torch.device | str = "cpu") -> None:
+        rounds = [[(word + turn * step) & _LOW for word, step in zip(key, WEYL, strict=True)] for turn in range(ROUNDS)]
+        self._keys = torch.tensor(rounds, device=device).flip(1)[..., None]  # (10, 2, 1): second word, first word
+        self._multipliers = torch.tensor(MULTIPLIERS, device=device)[:, None]  # (2, 1)
+
+    def __call__(self, counter: Tensor) -> Tensor:
+        """Counters of four words (4, ...) -> four random words (4, ...)."""
+        # (c0, c2) and (c3, c1): in this order one flip a round is enough
+        flat = counter.reshape(4, -1)  # (4, n)
+        c02, c31 = flat[::2], flat[1::2].flip(0)  # (2, n)
+        for key in self._keys.unbind():
+            product = self._multipliers * c02  # (2, n); int64 wraps to the bits of the unsigned product
+            low = product & _LOW
+            product >>= 32
+            product &= _LOW
+            product ^= c31
+            product ^= key
+            c02, c31 = product.flip(0), low
+        return torch.stack([c02[0], c31[1], c02[1], c31[0]]).view_as(counter)
+
+
+class RandomWords:
+    """Random words for any episodes: `RandomWords(seed, split, {purpose: words of an episode})(episodes)[purpose]`.
+
+    The key is the 64-bit seed (low word, high word). The words of a counter are: block, episode (low, high), and
+    65536 * number of the split + purpose. Block b holds words 4b to 4b + 3, so a longer draw begins with the shorter one.
     """
-    blocks = -(-count // 4)
-    counter = np.empty((len(episodes), blocks, 4), np.uint64)
-    counter[..., 0] = np.arange(blocks)
-    counter[..., 1] = (episodes.astype(np.uint64) & _LOW)[:, None]
-    counter[..., 2] = (episodes.astype(np.uint64) >> _HALF)[:, None]
-    counter[..., 3] = SPLITS.index(split) << 16 | purpose
-    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))  # (B, blocks, 4)
-    return words.reshape(len(episodes), 4 * blocks)[:, :count]  # (B, count)
+
+    def __init__(self, seed: int, split: Split, counts: Mapping[int, int], device: torch.device | str = "cpu") -> None:
+        self._counts = counts
+        blocks = {purpose: -(-count // 4) for purpose, count in counts.items()}
+        streams = [SPLITS.index(split) << 16 | purpose for purpose, n in blocks.items() for _ in range(n)]
+        self._block = torch.tensor([b for n in blocks.values() for b in range(n)], device=device)  # (blocks,)
+        self._stream = torch.tensor(streams, device=device)  # (blocks,)
+        self._philox = Philox((seed & _LOW, seed >> 32), device)
+
+    def __call__(self, episodes: Tensor) -> dict[int, Tensor]:
+        """Words of the episodes (B,) by purpose: (B, count)."""
+        counter = torch.empty(4, len(episodes), len(self._block), dtype=torch.int64, device=episodes.device)
+        counter[0], counter[3] = self._block, self._stream
+        counter[1], counter[2] = (episodes & _LOW)[:, None], (episodes >> 32)[:, None]
+        words = self._philox(counter).permute(1, 2, 0).flatten(1)  # (B, 4 * blocks)
+        found, first = {}, 0
+        for purpose, count in self._counts.items():
+            found[purpose] = words[:, first : first + count]
+            first += -(-count // 4) * 4
+        return found
 
 
-def below(words: Words, n: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Whole numbers in 0 .. n - 1, uniform up to a bias of n / 2**32, by multiply and shift; n broadcasts with words."""
-    product = words.astype(np.uint64) * np.asarray(n).astype(np.uint64)
-    return (product >> _HALF).astype(np.int64)
+def bounded(words: Tensor, n: int | Tensor) -> Tensor:
+    """Whole numbers in 0 to n - 1, uniform up to a bias of n / 2**32, by multiply and shift; n broadcasts with words."""
+    return words * n >> 32
 
 
-def normals(words: Words) -> npt.NDArray[np.float32]:
-    """Standard normals by Box-Muller, in float64 and then rounded: words (..., 2n) -> (..., 2n). None exceeds 6.67."""
-    pairs = words.reshape(*words.shape[:-1], -1, 2).astype(np.float64)  # (..., n, 2)
-    radius = np.sqrt(-2.0 * np.log((pairs[..., 0] + 1.0) / 2.0**32))  # the logarithm's argument lies in (0, 1]
-    angle = 2.0 * np.pi * pairs[..., 1] / 2.0**32
-    both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)  # (..., n, 2)
-    return both.reshape(words.shape).astype(np.float32)  # (..., 2n)
+def choose(words: Tensor, sizes: Tensor) -> Tensor:
+    """Ordered choices without replacement, m out of each size: words (..., m), sizes (...) -> (..., m).
 
-
-def choose(words: Words, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Ordered choices without replacement, of words.shape[1] out of sizes[r] in row r: (R, m), (R,) -> (R, m).
-
-    Choice j is the below(word j, size - j)-th of what choices 0 .. j - 1 left, as in a Fisher-Yates shuffle: every
-    ordered choice is equally likely, and more choices leave the first ones as they are. Costs O(m**2) a row, whatever
-    the size.
+    Choice j is element `bounded(word j, size - j)` of what choices 0 to j - 1 have left, as in a Fisher-Yates shuffle: every
+    ordered choice is equally likely, and more choices leave the first ones as they are.
     """
-    rank = below(words, sizes[:, None] - np.arange(words.shape[1])).T.astype(np.int32)  # (m, R)
-    chosen = np.empty_like(rank)
-    taken: list[npt.NDArray[np.int32]] = []  # the choices so far, (R,) each, in every row in rising order
-    for j, number in enumerate(rank.copy()):
-        for before in taken:
-            number += before <= number  # the rank counts what is left, so each one taken below moves it up
-        chosen[j] = number
-        for t, before in enumerate(taken):  # insert it
-            taken[t], number = np.minimum(before, number), np.maximum(before, number)
-        taken.append(number)
-    return chosen.T.astype(np.int64)
+    ranks = bounded(words, sizes[..., None] - torch.arange(words.shape[-1], device=words.device))  # (..., m)
+    chosen = ranks.movedim(-1, 0).contiguous()  # (m, ...)
+    for i in range(len(chosen) - 2, -1, -1):  # put choice i back: later ranks that reach its place move up by one
+        later = chosen[i + 1 :]  # (m - 1 - i, ...)
+        later += later >= chosen[i]
+    return chosen.movedim(0, -1)  # (..., m)
+
+
+def normals(words: Tensor) -> Tensor:
+    """Standard normals by Box-Muller, in float64 and then rounded: words (..., 2n) -> float32 (..., 2n). None exceeds 6.67.
+
+    The CPU computes them with numpy, whose logarithm and cosine the streams are made of. Those of another device may differ in
+    the last bit.
+    """
+    if words.device.type == "cpu":
+        pairs = words.unflatten(-1, (-1, 2)).numpy().astype(np.float64)  # (..., n, 2)
+        radius = np.sqrt(-2.0 * np.log((pairs[..., 0] + 1.0) / 2.0**32))  # the logarithm's argument lies in (0, 1]
+        angle = 2.0 * np.pi * pairs[..., 1] / 2.0**32
+        both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)  # (..., n, 2)
+        return torch.from_numpy(both.astype(np.float32)).flatten(-2)  # (..., 2n)
+    double = words.unflatten(-1, (-1, 2)).double()  # (..., n, 2)
+    distance = (-2.0 * ((double[..., 0] + 1.0) / 2.0**32).log()).sqrt()
+    turn = (2.0 * math.pi / 2.0**32) * double[..., 1]
+    return torch.stack([distance * turn.cos(), distance * turn.sin()], dim=-1).float().flatten(-2)  # (..., 2n)

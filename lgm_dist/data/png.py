@@ -10,11 +10,11 @@ import numpy.typing as npt
 from PIL import Image
 
 MODES = {1: "L", 3: "RGB"}
-"""PIL's mode of an image of so many channels."""
+"""PIL's mode of an image with so many channels."""
 
 
 def decode(png: bytes, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    """The pixels of a PNG, (H, W, C), read-only. Raises ValueError where it is damaged or not of `shape` (H, W, C)."""
+    """The pixels of a PNG, (H, W, C), read-only. Raises ValueError if it is damaged or not of `shape` (H, W, C)."""
     height, width, channels = shape
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
@@ -24,13 +24,13 @@ def decode(png: bytes, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
         raise ValueError(f"does not decode as PNG ({fault})") from fault
     if found != (height, width, MODES[channels]):
         raise ValueError(
-            f"is a {found[1]}x{found[0]} {found[2]} image, where {width}x{height} {MODES[channels]} is wanted"
+            f"is a {found[1]}x{found[0]} {found[2]} image and should be a {width}x{height} {MODES[channels]} image"
         )
     return np.frombuffer(pixels, np.uint8).reshape(height, width, channels)  # (H, W, C)
 
 
 def encode(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """PNG bytes of an RGB image, (H, W, 3); the same bytes for the same pixels."""
+    """PNG bytes of an image (H, W, 3), or (H, W) if it is grey; the same bytes for the same pixels."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

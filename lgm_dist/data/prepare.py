@@ -1,41 +1,63 @@
-"""From what a user names to a manifest: prepared data sets are found, `glyphs` and `fc100` are prepared on demand."""
+"""From the name of a data set to its manifest. Data sets that need nothing but their name are prepared on demand."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lgm_dist.data.fetch import is_url
 from lgm_dist.data.lock import exclusive
-from lgm_dist.data.source import DataSource
+from lgm_dist.data.sources import SOURCES, needs_nothing, options_of, prepare_command
 
-BUILT_IN = ("fc100", "glyphs")
-"""Data sets that can be prepared from their name alone."""
+
+def prepare(source: str, out: str | Path, **options: Any) -> Path:
+    """Write the shards and the manifest of a data set into the folder `out`; return the manifest's path.
+
+    Args:
+        source: Name of a registered source, such as fc100 or folder.
+        out: Folder of the shards. A data set in data/NAME is found by its name.
+        options: Options of the source, as in `lgm-dist prepare SOURCE --help`.
+
+    Raises ValueError for an unknown source, a wrong option, and a source that cannot be read.
+    """
+    read = SOURCES.get(source)
+    known = options_of(read)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{option} is no option of source {source}; it takes {', '.join(known) or 'none'}")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"source {source} needs the option {option}; give it a value")
+    from lgm_dist.data.shards import write_shards
+
+    return write_shards(read(**options), Path(out))
 
 
 def ensure_manifest(data: str, data_root: str, source: str) -> str:
-    """The path or URL of the manifest that `data` stands for.
+    """The path or URL of the manifest of `data`.
 
     Args:
         data: Path or URL of a manifest (ends in .json), or the name of a data set, prepared in data_root/NAME.
-        data_root: Folder of the prepared data sets; fc100 and glyphs are prepared into it where they are missing,
-            once also where several processes start together.
-        source: Where fc100 is prepared from (see `fc100_source`; "" downloads it).
+        data_root: Folder of the prepared data sets. A missing data set is prepared there if it needs nothing but its name, and
+            only once if several processes start together.
+        source: Option `source` of a data set that is prepared now ("": none).
 
-    Raises ValueError for a name or path that leads nowhere, and where preparing fails.
+    Raises ValueError if there is no such data set, and if it cannot be prepared.
     """
     if data.endswith(".json"):
         if not is_url(data) and not os.path.isfile(data):
-            raise ValueError(f"data: there is no manifest {data}; prepare one with `python scripts/prepare.py --help`")
+            raise ValueError(f"data: there is no manifest {data}; prepare one with `lgm-dist prepare --help`")
         return data
     manifest = Path(data_root) / data / f"{data}.json"
-    if os.path.isfile(manifest):  # unlike Path's, False too where the name is too long
+    if os.path.isfile(manifest):  # unlike Path's, also False if the name is too long
         return str(manifest)
-    if data not in BUILT_IN:
+    read = SOURCES.find(data)
+    if read is None or not needs_nothing(read):
+        names = [name for name in SOURCES.names() if needs_nothing(SOURCES.get(name))]
         raise ValueError(
-            f"data ({data!r}) is no data set: {manifest} does not exist; use {', '.join(BUILT_IN)}, the path or URL of a "
-            f"manifest (.json), or prepare it with `python scripts/prepare.py folder --source PATH --name {data} "
-            f"--out {manifest.parent}`"
+            f"data ({data!r}) is no data set: {manifest} does not exist; use {', '.join(names)}, the path or URL of a "
+            f"manifest (.json), or prepare it with `{prepare_command(data, str(manifest.parent))}`"
         )
     try:
         Path(data_root).mkdir(parents=True, exist_ok=True)
@@ -45,17 +67,5 @@ def ensure_manifest(data: str, data_root: str, source: str) -> str:
         ) from fault
     with exclusive(Path(data_root) / f".{data}.lock"):
         if not manifest.is_file():  # else another process has just prepared it
-            from lgm_dist.data.shards import write_shards
-
-            write_shards(_built_in(data, source), manifest.parent)
+            prepare(data, manifest.parent, **({"source": source} if source and "source" in options_of(read) else {}))
     return str(manifest)
-
-
-def _built_in(name: str, source: str) -> DataSource:
-    if name == "glyphs":
-        from lgm_dist.data.sources.glyphs import glyphs_source
-
-        return glyphs_source()
-    from lgm_dist.data.sources.fc100 import fc100_source
-
-    return fc100_source(source)

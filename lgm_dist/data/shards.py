@@ -1,4 +1,4 @@
-"""WebDataset shards: writing a data set once, and reading it back with every fault named. The only webdataset import."""
+"""WebDataset shards: writes a data set, and reads it back with an error that names every fault. The only webdataset import."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ __all__ = ["Manifest", "channel_statistics", "read_images", "read_manifest", "re
 SAMPLES_PER_SHARD = 4000
 """About 26 MB of 32x32 images."""
 SPOOL = 64 * 2**20
-"""Bytes of a shard kept in memory while it is read; a larger one lies in a temporary file."""
+"""Largest shard that is kept in memory while it is read, in bytes; a larger one is in a temporary file."""
 
 
 def write_shards(source: DataSource, out: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> Path:
-    """Write `source` as NAME-SPLIT-000000.tar ... and NAME.json into the folder `out`; return the manifest's path.
+    """Write `source` as NAME-SPLIT-000000.tar, … and NAME.json into the folder `out`; return the manifest's path.
 
-    The same source gives the same bytes. Every image is decoded once, to check its shape and for mean and std of the
-    train split. All is written beside `out`'s files and renamed at the end, the manifest last, so that an interrupted
-    call leaves nothing that looks complete. Raises ValueError for a source that cannot be trained on.
+    The same source gives the same bytes. Every image is decoded once, to check its shape and to compute mean and standard
+    deviation of the train split. Files are written to a temporary folder and renamed at the end, the manifest last, so that an
+    interrupted call leaves nothing that looks complete. Raises ValueError for a source that cannot be trained on.
     """
     _check_source(source)
     if samples_per_shard < 1:
@@ -57,7 +57,9 @@ def write_shards(source: DataSource, out: Path, samples_per_shard: int = SAMPLES
                 )
         mean, std = channel_statistics(histograms["train"])
         if min(std) == 0:
-            raise ValueError(f"{source.name}: a channel of the train images has one value everywhere (std {std})")
+            raise ValueError(
+                f"{source.name}: a channel of the train images has the same value everywhere (std {std}); give other images"
+            )
         content = manifest_bytes(source.name, source.shape, mean, std, entries)
         (Path(scratch) / f"{source.name}.json").write_bytes(content)
         _publish(Path(scratch), out, source.name)
@@ -65,10 +67,10 @@ def write_shards(source: DataSource, out: Path, samples_per_shard: int = SAMPLES
 
 
 def channel_statistics(histogram: npt.NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and (population) standard deviation of each channel from exact integer sums.
+    """Mean and (population) standard deviation of each channel, from exact integer sums.
 
     Args:
-        histogram: (C, 256), how often each value occurs in each channel.
+        histogram: How often each value occurs in each channel, (C, 256).
     """
     means, stds = [], []
     for counts in histogram.tolist():
@@ -88,17 +90,17 @@ def image_histogram(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 def read_samples(manifest: Manifest, split: Split) -> Iterator[tuple[str, bytes, int]]:
-    """(key, PNG bytes, label) of every sample of a split, in the shards' order, through webdataset.
+    """Yield (key, PNG bytes, label) of every sample of a split, in the order of the shards, through webdataset.
 
-    Each shard is fetched once and its sha256 checked before its first sample is handed out. Raises ValueError that
-    names the shard, the member where it is known, and the `prepare` command that makes the shards anew.
+    Each shard is fetched once, and its sha256 is checked before its first sample is yielded. Raises ValueError that names the
+    shard, the member if it is known, and the command that prepares the shards again.
     """
     for _, key, png, label in _checked_samples(manifest, split):
         yield key, png, label
 
 
 def read_images(manifest: Manifest, split: Split) -> Iterator[tuple[str, npt.NDArray[np.uint8], int]]:
-    """As `read_samples`, with the image decoded: (key, (H, W, C), label)."""
+    """As `read_samples`, with decoded images (H, W, C): (key, image, label)."""
     for where, key, png, label in _checked_samples(manifest, split):
         with _blaming(manifest, where):
             image = decode(png, manifest.shape)
@@ -126,7 +128,7 @@ def _check_samples(where: str, split: SplitSource) -> None:
         if not counts.pop(label, 0):
             raise ValueError(f"{where}: class {info.name} has no images; add some or remove the class")
     if counts:
-        raise ValueError(f"{where}: label {min(counts)} is none of its {len(split.classes)} classes")
+        raise ValueError(f"{where}: label {min(counts)} must lie between 0 and {len(split.classes) - 1}")
     seen = set()
     for sample in split.samples:
         if not sample.key or re.search(r"[./]", sample.key) or sample.key in seen:
@@ -137,7 +139,7 @@ def _check_samples(where: str, split: SplitSource) -> None:
 def _write_split(
     source: DataSource, split: Split, folder: Path, samples_per_shard: int, progress: Any
 ) -> tuple[SplitEntry, npt.NDArray[np.int64]]:
-    def mixed(sample: Sample) -> bytes:  # an order that depends on the keys alone and mixes the classes
+    def mixed(sample: Sample) -> bytes:  # this order depends on the keys alone and mixes the classes
         return hashlib.sha256(f"{split}/{sample.key}".encode(errors="surrogateescape")).digest()
 
     samples = sorted(source.splits[split].samples, key=mixed)
@@ -161,7 +163,7 @@ def _write_shard(
 ) -> Shard:
     """Write one shard; add its pixels to `histogram` (C, 256)."""
     with path.open("w+b") as file:
-        # mtime=0 for equal bytes; pax headers appear only where a key is too long or not ASCII.
+        # mtime=0 for equal bytes; pax headers appear only if a key is too long or not ASCII.
         with webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
             for sample in samples:
                 png = sample.read()
@@ -177,7 +179,7 @@ def _write_shard(
 
 
 def _publish(scratch: Path, out: Path, name: str) -> None:
-    """Move the shards and then the manifest from `scratch` to `out`, and remove what an earlier call left there."""
+    """Move the shards and then the manifest from `scratch` to `out`, after removing those of an earlier call."""
     (out / f"{name}.json").unlink(missing_ok=True)
     ours = re.compile(rf"{re.escape(name)}-({'|'.join(SPLITS)})-\d{{6}}\.tar")
     for stale in out.iterdir():
@@ -189,7 +191,7 @@ def _publish(scratch: Path, out: Path, name: str) -> None:
 
 
 def _checked_samples(manifest: Manifest, split: Split) -> Iterator[tuple[str, str, bytes, int]]:
-    """(shard and member, key, PNG bytes, label) of every sample of a split."""
+    """Yield (shard and member, key, PNG bytes, label) of every sample of a split."""
     entry = manifest.splits[split]
     counts: Counter[int] = Counter()
     seen: set[str] = set()
@@ -216,12 +218,12 @@ def _checked_samples(manifest: Manifest, split: Split) -> Iterator[tuple[str, st
 
 
 class _ShardError(ValueError):
-    """A finished sentence about a shard."""
+    """An error whose text names the shard already."""
 
 
 @contextmanager
 def _blaming(manifest: Manifest, where: str) -> Iterator[None]:
-    """Turn a fault inside into a sentence that says where it is and how to mend it."""
+    """Turn an error inside into one that says where it is and what to do."""
     try:
         yield
     except _ShardError:
@@ -230,7 +232,7 @@ def _blaming(manifest: Manifest, where: str) -> Iterator[None]:
         text = (
             fault.strerror if isinstance(fault, OSError) and fault.strerror else fault.args[0] if fault.args else fault
         )
-        raise _ShardError(f"{where}: {text}; make the shards anew with `{manifest.remake}`") from fault
+        raise _ShardError(f"{where}: {text}; prepare the shards again with `{manifest.remake}`") from fault
 
 
 @contextmanager
@@ -245,28 +247,33 @@ def _verified(url: str, shard: Shard, manifest: Manifest) -> Iterator[IO[bytes]]
         copy.seek(0)
         if digest.hexdigest() != shard.sha256:
             fault = _first_fault(copy, shard, manifest.shape)
-            raise ValueError(f"its sha256 is {digest.hexdigest()}, the manifest says {shard.sha256}{fault}")
+            raise ValueError(f"its sha256 is {digest.hexdigest()}, not {shard.sha256} as in the manifest{fault}")
         yield copy
 
 
 def _members(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """webdataset's record of each member of one shard, in memory, and an empty one at its end.
+    """Yield webdataset's record of each member of one shard, in memory, and an empty record at its end.
 
-    Raises ValueError for what `write_shards` never writes: links, devices, folders, files with holes (which may claim any
-    size), and names that lead elsewhere.
+    Raises ValueError for members that `write_shards` never writes: links, devices, folders, files with holes (which may claim
+    any size), and names that lead to other folders.
     """
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for info in tar:
                 if not info.isreg() or info.issparse():
-                    raise ValueError(f"member {info.name!r} is no plain file")
+                    raise ValueError(f"member {info.name!r} is not a plain file")
                 if info.name.startswith("/") or ".." in info.name.split("/"):
                     raise ValueError(f"member {info.name!r} would lie outside of its folder")
                 content = tar.extractfile(info)
                 assert content
                 yield {"fname": info.name, "data": content.read(), "__url__": ""}
-    except (LookupError, OverflowError, RecursionError, struct.error) as fault:  # tarfile's of damaged headers
-        raise ValueError(f"is no whole tar ({fault})") from fault
+    except (
+        LookupError,
+        OverflowError,
+        RecursionError,
+        struct.error,
+    ) as fault:  # tarfile raises these for damaged headers
+        raise ValueError(f"is not a whole tar ({fault})") from fault
     yield {}
 
 
@@ -276,14 +283,14 @@ def _label(sample: dict[str, Any], classes: int) -> int:
             raise ValueError(f"has no .{member}")
     text = sample["cls"]
     if not re.fullmatch(rb"[0-9]{1,9}", text) or int(text) >= classes:
-        raise ValueError(f"its label {text.decode(errors='replace')!r} is none of 0 to {classes - 1}")
+        raise ValueError(f"its label {text.decode(errors='replace')!r} must lie between 0 and {classes - 1}")
     return int(text)
 
 
 def _first_fault(stream: IO[bytes], shard: Shard, shape: tuple[int, int, int]) -> str:
-    """Which member of a shard with a wrong digest is visibly damaged, if any."""
+    """Which member of a shard with a wrong digest is visibly damaged, in words; "" if none is."""
     last, images = "its start", 0
-    with suppress(OSError, ValueError, tarfile.TarError):  # what is cut off shows in the number of images
+    with suppress(OSError, ValueError, tarfile.TarError):  # the number of images shows what is cut off
         for member in filter(None, _members(stream)):
             last = f"member {member['fname']}"
             if last.endswith(".png"):

@@ -1,4 +1,4 @@
-"""What a reader of a data set hands to the shard writer: classes and PNG images by split, nothing decoded yet."""
+"""What a source of images gives to the shard writer: classes and PNG images by split. Nothing is decoded yet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lgm_dist.config import Split
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """One class: its name and the group it belongs to (superclass of FC100, script of a glyph; "" where there is none)."""
+    """One class: its name and the group it belongs to (a superclass of FC100, the script of a glyph; "" if there is none)."""
 
     name: str
     group: str = ""
@@ -21,7 +21,7 @@ class Sample:
     """One image. `read()` returns its PNG bytes, so that a large data set is never in memory as a whole."""
 
     key: str
-    """The source file's name without its ending; unique within the split; no dots or slashes."""
+    """Name of the image file without its ending. Unique within the split, without dots and slashes."""
     label: int
     """Index into the split's classes."""
     read: Callable[[], bytes]
@@ -41,5 +41,5 @@ class DataSource:
 
     name: str
     shape: tuple[int, int, int]
-    """H, W, C of every image."""
+    """H, W, C of every image; C is 1 (grey) or 3 (RGB)."""
     splits: dict[Split, SplitSource]

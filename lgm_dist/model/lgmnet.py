@@ -47,7 +47,8 @@ class LGMNet(nn.Module):
 
     def __init__(self, config: ModelConfig | None = None, parts: Parts | None = None) -> None:
         super().__init__()
-        self.config = config or ModelConfig()
+        config = config or ModelConfig()
+        self.config = replace(config, channels=config.channels or 3)
         self.backbone, self.generator, self.head = parts or _build_parts(self.config)
 
     def forward(self, support: Tensor, query: Tensor, ways: int, noise: Tensor | None = None) -> Tensor:

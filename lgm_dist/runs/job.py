@@ -45,10 +45,11 @@ def make_job(config: Config) -> Job:
     with torch.device("meta"):  # which takes no memory
         build_model(config.model)  # raises for an unknown part and for parts that do not fit together
     manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
-    digest = open_banks(config, manifest)["train"].digest
+    bank = open_banks(config, manifest)["train"]
+    config = config.replace(**{"model.channels": bank.channels})
     cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
-    return Job(config.to_dict(), manifest, cache, str(_claim(config, digest)), threads_of(config))
+    return Job(config.to_dict(), manifest, cache, str(_claim(config, bank.digest)), threads_of(config))
 
 
 def _check_libraries(config: Config) -> None:
@@ -69,11 +70,11 @@ def _check_device(config: Config) -> None:
 def open_banks(config: Config, manifest: str) -> dict[Split, ImageBank]:
     """The bank of each split. Raises ValueError if its images or their number do not suit the configuration."""
     banks = {split: open_bank(manifest, split, config.data.cache) for split in SPLITS}
-    name, channels = banks["train"].name, banks["train"].images.shape[-1]
-    if config.model.channels != channels:
+    name, channels = banks["train"].name, banks["train"].channels
+    if config.model.channels not in (0, channels):
         raise ValueError(
-            f"model.channels ({config.model.channels}) must be {channels}, as the images of '{name}' have; "
-            f"use --model.channels {channels}"
+            f"model.channels ({config.model.channels}) must be {channels}, as the images of '{name}' have; leave "
+            "--model.channels out"
         )
     for split, bank in banks.items():
         check_episodes(config, split, bank.name, bank.counts.tolist(), bank.classes)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lgm_dist.config import Config
 from lgm_dist.data import EpisodeBatch, ImageBank
-from lgm_dist.data.device import DeviceSampler, Drawn
+from lgm_dist.data.episodes import Drawn, EpisodeSampler
 from lgm_dist.training.worker import Slice, Worker
 
 AHEAD = 32
@@ -20,7 +20,7 @@ AHEAD = 32
 class DeviceBatch:
     """The episodes of the step that `DeviceBatches` was last asked for. Its tensors keep their place in memory."""
 
-    sampler: DeviceSampler
+    sampler: EpisodeSampler
     drawn: Drawn
     """The episodes of a block of AHEAD steps, one step after the other."""
     place: Tensor
@@ -28,15 +28,23 @@ class DeviceBatch:
 
     def make(self) -> EpisodeBatch:
         """Make the images of the step."""
-        of_step = (x.unflatten(0, (AHEAD, -1)).index_select(0, self.place)[0] for x in self.drawn)
-        return self.sampler.make(Drawn(*of_step))
+        return self.sampler.make(self.drawn.map(self._of_step))
+
+    def _of_step(self, x: Tensor) -> Tensor:
+        """x (AHEAD * B, ...) of the block -> (B, ...) of the step."""
+        of_step: Tensor = x.unflatten(0, (AHEAD, -1)).index_select(0, self.place)[0]
+        return of_step
 
 
 class DeviceBatches:
     """This worker's slice of the episodes of a step, by the step's number. The bits do not depend on where training began."""
 
     def __init__(self, bank: ImageBank, config: Config, worker: Worker, of_first: Slice) -> None:
-        self._sampler, self._config, self._slice = DeviceSampler(bank, config, worker.device), config, of_first
+        self._sampler, self._config, self._slice = (
+            EpisodeSampler(bank, config, worker.device, resident=True),
+            config,
+            of_first,
+        )
         self._block = torch.zeros((), dtype=torch.int64, device=self._sampler.device)
         self._in_memory = 0  # number of the block that is drawn
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -12,31 +12,40 @@ from PIL import Image, ImageOps
 
 from lgm_dist.config import SPLITS, Split
 from lgm_dist.data.keys import unique_keys
-from lgm_dist.data.png import encode
+from lgm_dist.data.png import MODES, encode
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
+from lgm_dist.data.sources import register_source
 
-Size = tuple[int, int]
-"""Height, width."""
+GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
+"""PIL's modes of grey images that are read."""
 
 
-def folder_source(source: str, name: str, size: int | None) -> DataSource:
-    """The data set `name` from the folder `source` with train/, val/ and test/, each with a folder per class.
+@register_source("folder")
+def folder_source(source: str, name: str, size: int | None = None) -> DataSource:
+    """Any data set of class folders.
 
-    Images may be of any format, mode and size that PIL reads; classes may be of unequal size. The EXIF orientation is
-    applied, transparency dropped, the mode converted to RGB, 16-bit grey values divided by 256, and of an animation
-    the first frame taken. With `size`, images are resized to size x size with PIL's bicubic filter (which averages
-    when it shrinks; the aspect ratio is not kept). A PNG that needs none of this keeps its bytes. Files whose names
-    begin with a dot are left out.
+    Images may be of any format, colour mode and size that PIL reads. If all are grey, the data set has one channel, else three.
+    The EXIF orientation is applied, transparency is dropped, 16-bit grey values are divided by 256, and of an animation the
+    first frame is used. Classes may be of unequal size. Files whose names begin with a dot are left out.
 
-    Raises ValueError that names the file for anything else there, for images of unequal shape without `size`, and for
-    a class in two splits.
+    Args:
+        source: Folder with train/, val/ and test/, each with a folder of images per class.
+        name: Name of the data set.
+        size: Resize every image to size x size pixels with PIL's bicubic filter, which averages when it shrinks; the aspect
+            ratio is not kept. Without it, all images must have the same size, and a PNG that needs no change keeps its bytes.
+
+    Raises:
+        ValueError: Something else lies in the folders, images are of unequal shape without `size`, or a class is in two splits.
+            The message names the file.
     """
     if size is not None and size < 1:
         raise ValueError(f"size ({size}) must be at least 1; for example 84")
     files = {split: _class_files(Path(source).expanduser() / split) for split in SPLITS}
     _check_disjoint(files)
-    target = (size, size) if size else _common_size([f for c in files.values() for fs in c.values() for f in fs])
-    return DataSource(name, (*target, 3), {split: _split_source(classes, target) for split, classes in files.items()})
+    images = [file for classes in files.values() for found in classes.values() for file in found]
+    height, width = (size, size) if size else _common_size(images)
+    shape = (height, width, 1 if all(map(_is_grey, images)) else 3)
+    return DataSource(name, shape, {split: _split_source(classes, shape) for split, classes in files.items()})
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:
@@ -48,13 +57,13 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     classes = {}
     for entry in _visible(folder):
         if not entry.is_dir():
-            raise ValueError(f"{entry} lies beside the class folders; move it into one or away")
+            raise ValueError(f"{entry} lies beside the class folders; move it into one of them or away")
         classes[entry.name] = _visible(entry)
         if not classes[entry.name]:
             raise ValueError(f"class folder {entry} is empty; put images into it or remove it")
         for inner in classes[entry.name]:
             if not inner.is_file():
-                raise ValueError(f"{inner} is no file; a class folder holds images only")
+                raise ValueError(f"{inner} is not a file; a class folder holds images only")
     if not classes:
         raise ValueError(f"{folder} has no class folders; each class is a folder of images")
     return classes
@@ -75,8 +84,8 @@ def _check_disjoint(files: dict[Split, dict[str, list[Path]]]) -> None:
             home[name] = split
 
 
-def _common_size(files: list[Path]) -> Size:
-    """The one size of all images. Raises ValueError that names the first odd one."""
+def _common_size(files: list[Path]) -> tuple[int, int]:
+    """Height and width of all images. Raises ValueError that names the first image of another size."""
     first = _upright_size(files[0])
     for file in files:
         height, width = _upright_size(file)
@@ -88,36 +97,43 @@ def _common_size(files: list[Path]) -> Size:
     return first
 
 
-def _upright_size(file: Path) -> Size:
+def _upright_size(file: Path) -> tuple[int, int]:
     with _open(file) as image:
-        sideways = _orientation(image, file) in (5, 6, 7, 8)  # those that swap the sides
+        sideways = _orientation(image, file) in (5, 6, 7, 8)  # these swap the sides
         return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def _split_source(classes: dict[str, list[Path]], target: Size) -> SplitSource:
+def _is_grey(file: Path) -> bool:
+    with _open(file) as image:
+        return image.mode in GREY
+
+
+def _split_source(classes: dict[str, list[Path]], shape: tuple[int, int, int]) -> SplitSource:
     files = [(label, file) for label, found in enumerate(classes.values()) for file in found]
     keys = unique_keys([file.stem for _, file in files], [file.parent.name for _, file in files])
     samples = [
-        Sample(key, label, functools.partial(_read, file, target))
+        Sample(key, label, functools.partial(_read, file, shape))
         for key, (label, file) in zip(keys, files, strict=True)
     ]
     return SplitSource(tuple(ClassInfo(name) for name in classes), samples)
 
 
-def _read(file: Path, target: Size) -> bytes:
-    """The image of a file as PNG bytes of RGB and the target size."""
-    content = file.read_bytes()
+def _read(file: Path, shape: tuple[int, int, int]) -> bytes:
+    """The image of a file as PNG bytes of an image of `shape` (H, W, C)."""
+    (height, width, channels), content = shape, file.read_bytes()
+    mode = MODES[channels]
     with _open(file, content) as image:
         upright = _orientation(image, file) == 1
-        if image.format == "PNG" and image.mode == "RGB" and upright and (image.height, image.width) == target:
+        fits = image.format == "PNG" and image.mode == mode
+        if fits and upright and (image.height, image.width) == (height, width):
             return content
         try:
-            rgb = _to_rgb(ImageOps.exif_transpose(image), file)
+            converted = _convert(ImageOps.exif_transpose(image), mode, file)
         except (OSError, SyntaxError) as fault:
             raise ValueError(f"{file} is damaged ({fault}); replace or remove it") from fault
-    if (rgb.height, rgb.width) != target:
-        rgb = rgb.resize((target[1], target[0]), Image.Resampling.BICUBIC)
-    return encode(np.asarray(rgb))  # (H, W, 3)
+    if (converted.height, converted.width) != (height, width):
+        converted = converted.resize((width, height), Image.Resampling.BICUBIC)
+    return encode(np.asarray(converted))  # (H, W, 3) or (H, W)
 
 
 def _orientation(image: Image.Image, file: Path) -> int:
@@ -125,29 +141,30 @@ def _orientation(image: Image.Image, file: Path) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))
     except (OSError, SyntaxError, TypeError, ValueError, struct.error) as fault:
-        raise ValueError(f"{file} has damaged EXIF data ({fault}); save it anew or remove it") from fault
+        raise ValueError(f"{file} has damaged EXIF data ({fault}); save it again or remove it") from fault
 
 
-def _to_rgb(image: Image.Image, file: Path) -> Image.Image:
+def _convert(image: Image.Image, mode: str, file: Path) -> Image.Image:
+    """The image in PIL's mode L or RGB."""
     if image.mode.startswith("I;16"):  # PIL itself would cut such values off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(
             f"{file} has pixels of mode {image.mode} without a known range; save it with 8 or 16 bits a channel"
         )
-    if "transparency" in image.info:
+    if mode == "RGB" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
 def _open(file: Path, content: bytes | None = None) -> Image.Image:
-    """Open an image and read its header only. Raises ValueError where PIL cannot, or where it is too large."""
+    """Open an image and read its header only. Raises ValueError if PIL cannot, or if the image is too large."""
     try:
         image = Image.open(file if content is None else io.BytesIO(content))
     except Image.DecompressionBombError as fault:
         raise ValueError(f"{file} is too large to be decoded safely ({fault}); shrink or remove it") from fault
     except (OSError, SyntaxError, ValueError) as fault:
-        raise ValueError(f"{file} is no image that PIL reads ({fault}); remove it") from fault
+        raise ValueError(f"{file} is not an image that PIL reads ({fault}); remove it") from fault
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:
         image.close()

@@ -1,10 +1,10 @@
-"""The built-in data set `glyphs`: letters in colour, (32, 32, 3) as FC100's images, drawn offline from matplotlib's fonts.
+"""The built-in data set `glyphs`: coloured letters of 32 x 32 pixels, drawn without a download from matplotlib's fonts.
 
-Train reads Latin, Greek and Cyrillic letters, val Georgian ones, test Armenian ones. Every letter is in each of the
-twelve DejaVu faces, so that neither face nor colour tells a class; letters that another one resembles (the capitals
-that Greek and Cyrillic share with Latin, the Armenian h, n, o, u, pairs of cases that differ in size alone, and in
-train mirror images, which a flip would confuse) are left out. An image is a pure function of (code point, index),
-to the byte for the same versions of numpy, Pillow and matplotlib.
+Train has Latin, Greek and Cyrillic letters, val Georgian ones, test Armenian ones. Every letter is drawn in each of the twelve
+DejaVu faces, so that neither face nor colour tells the class. Letters that resemble another one are left out: the capitals that
+Greek and Cyrillic share with Latin, the Armenian h, n, o, u, pairs of cases that differ in size only, and in train mirror
+images, which a flip would confuse. An image is a pure function of (code point, index), to the byte for the same versions of
+numpy, Pillow and matplotlib.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import unicodedata
 from functools import cache, partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from lgm_dist.config import Split
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
+from lgm_dist.data.sources import register_source
 
 ALPHABETS: dict[Split, str] = {
     "train": "ABDFGHKMNPQSTUVWYZaefghkmrtxæʒƕ" + "ΔΞΣΩΨαβδεζθλξω" + "БДЖЛФЦЧЪЫЭЮЯЂЉЊ",
     "val": "აბგდვთილოჟრტუფქღყშჩცჭხჯჰ",
     "test": "գդթժիլխկճմշպվփԸՀՇՉՋՔՖՁԵՆ",
 }
-"""The classes of each split, a letter each."""
+"""The classes of each split, one letter each."""
 IMAGES_PER_CLASS = 80
 FACES = tuple(
     f"DejaVu{family}{weight}{slant}".removesuffix("-")
@@ -36,30 +36,32 @@ FACES = tuple(
     for weight in ("-", "-Bold")
     for slant in ("", slanted)
 )
-"""Font files, without their ending, in which every letter is drawn."""
+"""Font files in which every letter is drawn, without their ending."""
 SIZE = 32
 """Height and width of an image in pixels."""
 
-_FINE = 2 * SIZE  # letters and strokes are drawn on a canvas of twice the size: smooth edges
-_EM = 40  # pixels of the em square of the upright letter; the widest still fits the fine canvas
+_FINE = 2 * SIZE  # letters and strokes are drawn on a canvas of twice the size, for smooth edges
+_EM = 40  # pixels of the em square of an upright letter; the widest letter still fits the canvas
 _WHITE = 255
 _ACROSS = np.linspace(-1, 1, SIZE, dtype=np.float32)
 _Floats = NDArray[np.float32]
 
 
+@register_source("glyphs")
 def glyphs_source() -> DataSource:
-    """The data set: 60/24/24 classes, IMAGES_PER_CLASS images each, drawn when a sample is read.
+    """The built-in data set of letters: 60 / 24 / 24 classes of 80 images, drawn without a download.
 
-    Raises ValueError where the installed matplotlib lacks a face.
+    Raises:
+        ValueError: The installed matplotlib lacks a font.
     """
     for face in FACES:
         if not _font_path(face).is_file():
-            raise ValueError(f"glyphs needs the font {_font_path(face)}, which is not there; install matplotlib by pip")
+            raise ValueError(f"glyphs needs the font {_font_path(face)}, which is missing; install matplotlib with pip")
     return DataSource("glyphs", (SIZE, SIZE, 3), {split: _split_source(ALPHABETS[split]) for split in ALPHABETS})
 
 
 def glyph_image(letter: str, index: int) -> NDArray[np.uint8]:
-    """Image `index` of the class `letter`: (SIZE, SIZE, 3) RGB, the same whatever was drawn before it."""
+    """Image `index` of the class `letter`: (SIZE, SIZE, 3) RGB, whatever was drawn before it."""
     rng = np.random.Generator(np.random.Philox(key=np.array([ord(letter), index], np.uint64)))
     paper, contrast = _colours(rng)
     image = paper + (_strokes(rng) + _letter(rng, letter)).clip(max=1) * contrast  # (H, W, 3)
@@ -88,7 +90,7 @@ def _png(letter: str, index: int) -> bytes:
 
 
 def _colours(rng: np.random.Generator) -> tuple[_Floats, _Floats]:
-    """Paper (H, W, 3) with a slanting gradient, and what full ink adds to it (3,); either may be the darker one."""
+    """Paper (H, W, 3) with a slanting gradient, and what full ink adds to it (3,). Paper or ink may be darker."""
     dark, bright = rng.uniform(0, 110, 3), rng.uniform(145, _WHITE, 3)
     paper, ink = (dark, bright) if rng.random() < 0.5 else (bright, dark)
     angle = rng.uniform(0, 2 * math.pi)
@@ -108,14 +110,14 @@ def _strokes(rng: np.random.Generator) -> _Floats:
 
 
 def _letter(rng: np.random.Generator, letter: str) -> _Floats:
-    """The letter turned, slanted, stretched, moved and blurred: its share of ink, (H, W, 1) in [0, 1]."""
+    """The letter rotated, slanted, stretched, moved and blurred: its share of ink, (H, W, 1) in [0, 1]."""
     canvas, extent = _upright(FACES[int(rng.integers(len(FACES)))], letter)
     shrink = extent / rng.uniform(17, 25)  # the longer side takes about 17 to 25 pixels of the image
     stretch = math.exp(rng.uniform(-0.15, 0.15))
     turn, slant = math.radians(rng.uniform(-20, 20)), rng.uniform(-0.2, 0.2)
     across, down = shrink * stretch, shrink / stretch
     cos, sin = math.cos(turn), math.sin(turn)
-    # PIL asks for the way back: pixel (x, y) of the image lies at (a x + b y + c, d x + e y + f) of the canvas.
+    # PIL wants the inverse: pixel (x, y) of the image shows (a x + b y + c, d x + e y + f) of the canvas.
     a, b = across * (cos - slant * sin), across * (sin + slant * cos)
     d, e = -down * sin, down * cos
     x, y = SIZE / 2 + rng.uniform(-3, 3, 2)
@@ -141,4 +143,6 @@ def _upright(face: str, letter: str) -> tuple[Image.Image, int]:
 
 
 def _font_path(face: str) -> Path:
+    import matplotlib  # takes a while to import, and other sources do not need it
+
     return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
