@@ -59,7 +59,7 @@ CONFIG_MISTAKES: list[tuple[dict[str, Any], str]] = [
 MODEL_MISTAKES: list[tuple[dict[str, Any], str]] = [
     *(
         ({name: 0}, f"{name} (0) must be a whole number of at least 1")
-        for name in ("channels", "filters", "noise_size", "norm_groups")
+        for name in ("filters", "noise_size", "norm_groups")
     ),
     ({"norm": "none"}, "norm ('none') must be one of batch, group, instance, layer"),
     ({"norm_scope": "task"}, "norm_scope ('task') must be one of global, worker, episode"),
@@ -122,7 +122,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert config.optim.lr_decay == pytest.approx(1 / 1.11111)
     assert (config.episodes.protocol, config.episodes.noise, config.optim.weight_decay) == ("standard", "sample", 0)
     model = config.model
-    assert (model.channels, model.filters, model.noise_size) == (3, 64, 32)
+    assert (model.channels, model.filters, model.noise_size) == (0, 64, 32)
     assert (model.norm, model.norm_scope, model.norm_decay, model.norm_epsilon) == ("batch", "global", 0.99, 1e-3)
     assert model.weight_norm
 
@@ -208,6 +208,7 @@ def other(value: Any, name: str) -> Any:
         "kernels": "reference",
         "stages": ("episodes", "more"),
         "plugins": ("my_parts",),
+        "augmentations": ("flip_shift", "more"),
     }
     chosen |= {"norm": "group", "norm_scope": "episode", "norm_groups": 5, "filters": 65, "lr_decay": 0.5, "lr": 0.01}
     if name in chosen:

@@ -184,8 +184,8 @@ def test_one_setting_does_not_move_what_others_draw() -> None:
     for other in (more, plain, paper):
         np.testing.assert_array_equal(other.classes, base.classes)
     np.testing.assert_array_equal(more.support, base.support)
-    np.testing.assert_array_equal(more.query.reshape(50, 5, 5)[..., :3], base.episodes.query.reshape(50, 5, 3))
-    np.testing.assert_array_equal(plain.query, base.episodes.query)
+    np.testing.assert_array_equal(more.query.reshape(50, 5, 5)[..., :3], base.query.reshape(50, 5, 3))
+    np.testing.assert_array_equal(plain.query, base.query)
     noise = [sample_episodes(BANK, c, "train", 0, 3).noise for c in (STANDARD, STANDARD.replace(query=5), PAPER)]
     assert torch.equal(noise[0], noise[1])
     assert torch.equal(noise[0], noise[2])

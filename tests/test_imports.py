@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
-    **dict.fromkeys(("checks", "errors", "extras"), 0),
+    **dict.fromkeys(("checks", "errors", "extras", "registry"), 0),
     "settings": 1,
     "config": 2,
     **dict.fromkeys(("console", "plugins"), 3),
@@ -39,7 +39,7 @@ OWNERS = {
     "wandb_workspaces": ("tracking/dashboard",),
     "webdataset": ("data/shards",),
     "tyro": ("cli",),
-    "torchvision": ("data/sources/fc100",),
+    "torchvision": ("data/sources/cifar_archive",),
     "triton": ("model/kernels/triton_kernels",),
 }
 """The modules or folders of the package that may import a library; scripts may import any."""

@@ -12,6 +12,7 @@ import torch
 
 from lgm_dist import Config, evaluate, fit, load_run, open_bank, sample_episodes
 from lgm_dist.config import Protocol
+from lgm_dist.data.episodes import draw_rows
 from lgm_dist.data.manifest import read_manifest
 from lgm_dist.runs.metrics import read_metrics
 
