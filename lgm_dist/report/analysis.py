@@ -15,9 +15,9 @@
         "variation": 0.1,                            root mean square distance of the weights from their mean / its norm
         "histogram": {"layer1": {"edges": [101 numbers], "counts": [100], "drawn": [100]}, "layer2": …}}}
 
-Accuracies lie in 0 to 1. An accuracy is null for a class that was never asked, its interval and a silhouette where there
-are too few to tell, and "weights" if the network has no generator or its weights are not finite. A class i is taken for class j
-only where they met, so confusion / met is the rate to look at; chance is the same for all pairs.
+Accuracies lie in 0 to 1. The accuracy of a class without queries is null, and so are an interval and a silhouette of too few
+values. "weights" is null if the network has no generator or its weights are not finite. Class i can be predicted as class j
+only in episodes with both, so confusion / met is the rate to look at. Its chance is the same for all pairs.
 
 The weights illustrate the paper's claim that its network maps training data to functional weights (Li et al., ICML 2019,
 abstract; its experiments show that on synthetic data): support sets of the same classes should give similar weights. The

@@ -146,17 +146,17 @@ def confusion(run: Path) -> Path:
     The rate in a cell is over the queries of the row's class in episodes with the column's class, so that chance is the same in
     all cells. A cell is grey if no episode has both. Classes are ordered by group.
     """
-    found = read_analysis(run)
-    order = sorted(range(len(found["classes"])), key=lambda c: found["groups"].index(found["groups"][c]))
-    names, groups = ([found[key][c] for c in order] for key in ("classes", "groups"))
-    taken, met = (np.array(found[key])[np.ix_(order, order)] for key in ("confusion", "met"))
+    analysis = read_analysis(run)
+    order = sorted(range(len(analysis["classes"])), key=lambda c: analysis["groups"].index(analysis["groups"][c]))
+    names, groups = ([analysis[key][c] for c in order] for key in ("classes", "groups"))
+    taken, met = (np.array(analysis[key])[np.ix_(order, order)] for key in ("confusion", "met"))
     side = min(max(0.24 * len(order), 3.5), 16)  # inches
     size = min(max(60 * side / len(order), 2), 9)  # of the letters
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(2 * side + 2, side + 2.2), layout="constrained", width_ratios=(1.15, 1)
     )
-    _rates(left, figure, 100 * np.ma.masked_array(taken, met == 0) / np.maximum(met, 1), 100 * found["chance"])
-    _bars(right, [found["per_class"][c] for c in order], groups, found)
+    _rates(left, figure, 100 * np.ma.masked_array(taken, met == 0) / np.maximum(met, 1), 100 * analysis["chance"])
+    _bars(right, [analysis["per_class"][c] for c in order], groups, analysis)
     left.set_xticks(range(len(order)), names, rotation=90, fontsize=size)
     for axes in (left, right):
         axes.set_yticks(range(len(order)), names, fontsize=size)
@@ -165,8 +165,8 @@ def confusion(run: Path) -> Path:
             if axes is left:
                 axes.axvline(edge, color="black", linewidth=0.8)
     figure.suptitle(
-        f"{run.name}{_leak(found['protocol'])}\n{found['ways']}-way {found['shot']}-shot on {found['split']}: "
-        f"{percent(found['accuracy'], found['ci95'])} of queries right ({found['episodes']:,} episodes)",
+        f"{run.name}{_leak(analysis['protocol'])}\n{analysis['ways']}-way {analysis['shot']}-shot on {analysis['split']}: "
+        f"{percent(analysis['accuracy'], analysis['ci95'])} of queries right ({analysis['episodes']:,} episodes)",
         fontsize=11,
     )
     return _save(figure, run / CONFUSION)
@@ -181,13 +181,13 @@ def _rates(axes: Any, figure: Any, rates: Any, chance: float) -> None:
     figure.colorbar(image, ax=axes, label="% of the class's queries", shrink=0.8)
 
 
-def _bars(axes: Any, classes: list[dict[str, Any]], groups: list[str], found: dict[str, Any]) -> None:
+def _bars(axes: Any, classes: list[dict[str, Any]], groups: list[str], analysis: dict[str, Any]) -> None:
     """Accuracy of each class with its interval, in one colour per group."""
     accuracy, ci95 = ([100 * (entry[key] or 0) for entry in classes] for key in ("accuracy", "ci95"))
     named = list(dict.fromkeys(groups))
     colours = [f"C{named.index(group) % 10}" for group in groups]
     axes.barh(range(len(classes)), accuracy, xerr=ci95, color=colours, ecolor="black", error_kw={"linewidth": 0.8})
-    chance = axes.axvline(100 * found["chance"], color="black", linestyle=":", label="chance")
+    chance = axes.axvline(100 * analysis["chance"], color="black", linestyle=":", label="chance")
     patches = [Patch(color=f"C{i % 10}", label=group) for i, group in enumerate(named) if group]
     axes.legend(handles=[chance, *patches], fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
     axes.set(xlabel="accuracy (%), 95 % interval over episodes", ylim=(len(classes) - 0.5, -0.5), xlim=(0, None))
@@ -196,18 +196,18 @@ def _bars(axes: Any, classes: list[dict[str, Any]], groups: list[str], found: di
 
 def weights(run: Path) -> Path:
     """Draw the generated weights from analysis.json, an embedding and histograms; return the picture's path."""
-    found = read_analysis(run)
+    analysis = read_analysis(run)
     figure = plt.figure(figsize=(13, 6), layout="constrained")
-    figure.suptitle(f"{run.name}{_leak(found['protocol'])}: generated weights", fontsize=11)
-    if found["weights"] is None:
+    figure.suptitle(f"{run.name}{_leak(analysis['protocol'])}: generated weights", fontsize=11)
+    if analysis["weights"] is None:
         figure.text(
             0.5, 0.5, "no generated weights: the network has no generator, or its weights are not finite", ha="center"
         )
         return _save(figure, run / WEIGHTS)
-    rows = [["xy", layer] for layer in found["weights"]["histogram"]]
+    rows = [["xy", layer] for layer in analysis["weights"]["histogram"]]
     axes = figure.subplot_mosaic(rows, width_ratios=(1.5, 1))
-    _embedding(axes["xy"], found["weights"])
-    for layer, histogram in found["weights"]["histogram"].items():
+    _embedding(axes["xy"], analysis["weights"])
+    for layer, histogram in analysis["weights"]["histogram"].items():
         edges = histogram["edges"]
         axes[layer].stairs(histogram["counts"], edges, fill=True, alpha=0.4, label="noise at its mean")
         axes[layer].stairs(histogram["drawn"], edges, color="C1", label="noise drawn")
@@ -217,28 +217,28 @@ def weights(run: Path) -> Path:
     return _save(figure, run / WEIGHTS)
 
 
-def _embedding(axes: Any, found: dict[str, Any]) -> None:
+def _embedding(axes: Any, analysis: dict[str, Any]) -> None:
     """One point per support set, one colour per set of classes."""
-    xy, task, noise = (np.array(found[key]) for key in ("xy", "task_of", "noise"))
-    for number, names in enumerate(found["tasks"]):
+    xy, task, noise = (np.array(analysis[key]) for key in ("xy", "task_of", "noise"))
+    for number, names in enumerate(analysis["tasks"]):
         mean, drawn = (xy[(task == number) & (noise == kind)] for kind in ("mean", "drawn"))
         axes.scatter(*mean.T, s=28, color=f"C{number}", label=textwrap.shorten(", ".join(names), 52, placeholder=" …"))
         axes.scatter(*drawn.T, s=28, facecolors="none", edgecolors=f"C{number}", linewidths=0.7)
     axes.set(xticks=[], yticks=[])
     axes.set_title(
-        f"t-SNE; a colour a set of classes, {found['supports']} support sets of each\n"
-        f"filled: noise at its mean, hollow: drawn; weights vary by {100 * found['variation']:.1f} % of their norm\n"
-        f"silhouette by classes: {_silhouette(found)}",
+        f"t-SNE; a colour a set of classes, {analysis['supports']} support sets of each\n"
+        f"filled: noise at its mean, hollow: drawn; weights vary by {100 * analysis['variation']:.1f} % of their norm\n"
+        f"silhouette by classes: {_silhouette(analysis)}",
         fontsize=9,
     )
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.01), ncols=2, frameon=False)
 
 
-def _silhouette(found: dict[str, Any]) -> str:
-    if found["silhouette"] is None:
+def _silhouette(analysis: dict[str, Any]) -> str:
+    if analysis["silhouette"] is None:
         return "too few sets of classes, or support sets of each"
     at = "{silhouette:.2f} (drawn {silhouette_drawn:.2f}), with classes shuffled {shuffled_mean:.2f}"
-    return (at + ", at most {shuffled_highest:.2f}").format(**found)
+    return (at + ", at most {shuffled_highest:.2f}").format(**analysis)
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -69,9 +69,7 @@ def parallel(sweep: Sweep) -> Path:
     _axis(axes, len(space), "val accuracy (%)", scores, "left")
     axes.set(xlim=(-0.6, len(space) + 0.3), ylim=(NOT_USED - 0.06, 1.14))
     axes.set_axis_off()
-    figure.suptitle(
-        f"{_title(sweep)}\nthick: winner (trial {trials[0].number}); dashed: not trained to its end", fontsize=11
-    )
+    figure.suptitle(f"{_title(sweep)}\nthick: winner (trial {trials[0].number}); dashed: unfinished", fontsize=11)
     return _save(figure, sweep.folder / PARALLEL)
 
 
@@ -107,14 +105,14 @@ def importance(sweep: Sweep) -> Path:
     ranking, by_value, count = importances(sweep), levels(sweep), len(sweep.ranked)
     height = max(0.3 * sum(len(group) + 1 for group in by_value.values()), 3) + 1.2
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), layout="constrained")
-    names = [f"{i.path} (n = {i.trials}{', where it is used' if i.trials < count else ''})" for i in ranking]
+    names = [f"{i.path} (n = {i.trials}{', those that use it' if i.trials < count else ''})" for i in ranking]
     colours = ["C0" if i.trials >= ENOUGH else "#c6d9ea" for i in ranking]
     shares, spreads = ([100 * value for value in values] for values in zip(*[i[2:] for i in ranking], strict=True))
     left.barh(names, shares, xerr=spreads, color=colours, capsize=3)
     left.invert_yaxis()
     left.set(xlabel=f"variance of val accuracy that it explains alone (%)\nfANOVA, mean ± s over {FORESTS} forests")
     left.set_xlim(0, 105)
-    hint = f"\npale: of under {ENOUGH} trials, too few to rank parameters, a hint at best"
+    hint = f"\npale: fewer than {ENOUGH} trials, too few to rank settings"
     few = any(i.trials < ENOUGH for i in ranking)
     left.set_title(f"Importance, from {count} trials{hint if few else ''}", fontsize=10)
     _effects(right, by_value)
@@ -141,7 +139,7 @@ def _effects(axes: Any, by_value: dict[str, list[Level]]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("best val accuracy (%)\ndots: trials; diamonds: mean ± 1.96 s/√n")
-    axes.set_title("Accuracy by value,\nthe other parameters as they came", fontsize=10)
+    axes.set_title("Accuracy by value,\nwhile the other settings vary", fontsize=10)
 
 
 def time(sweep: Sweep) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgm_dist.config import Config, Split
+from lgm_dist.console import percent
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_noise, draw_rows, load_images, sample_episodes
 from lgm_dist.model import LGMNet
@@ -38,7 +39,7 @@ class Score:
         return cls(float(accuracies.mean()), float(half_width))
 
     def __str__(self) -> str:
-        return f"{100 * self.accuracy:.2f} ± {100 * self.ci95:.2f} %"
+        return percent(self.accuracy, self.ci95)
 
 
 @dataclass(frozen=True)
