@@ -124,8 +124,8 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     accuracy = 100 * float((guesses == labels).mean())
     figure.suptitle(
         f"{run.name}{_leak(config.episodes.protocol)}\n"
-        f"episode {index} of {bank.split}, {accuracy:.0f} % of {len(labels)} queries right\n"
-        f"black: support; of the queries {QUERIES_SHOWN} a class at most, green: right, red: taken for the class above it",
+        f"episode {index} of {bank.split}: {accuracy:.0f} % of {len(labels)} queries correct\n"
+        f"black: support image; green: correct query; red: wrong query below its predicted class (up to {QUERIES_SHOWN} a class)",
         fontsize=9,
     )
     return _save(figure, run / EPISODE)
@@ -166,7 +166,7 @@ def confusion(run: Path) -> Path:
                 axes.axvline(edge, color="black", linewidth=0.8)
     figure.suptitle(
         f"{run.name}{_leak(analysis['protocol'])}\n{analysis['ways']}-way {analysis['shot']}-shot on {analysis['split']}: "
-        f"{percent(analysis['accuracy'], analysis['ci95'])} of queries right ({analysis['episodes']:,} episodes)",
+        f"{percent(analysis['accuracy'], analysis['ci95'])} of queries correct ({analysis['episodes']:,} episodes)",
         fontsize=11,
     )
     return _save(figure, run / CONFUSION)
@@ -176,9 +176,9 @@ def _rates(axes: Any, figure: Any, rates: Any, chance: float) -> None:
     """A heat map of percentages (C, C), white at chance."""
     image = axes.imshow(rates, cmap="RdBu_r", norm=TwoSlopeNorm(chance, 0, max(rates.max(), chance + 1)))
     axes.set_facecolor("grey")
-    axes.set(xlabel="taken for", ylabel="class of the query")
-    axes.set_title("Taken for, where both were in the episode; white: chance", fontsize=10)
-    figure.colorbar(image, ax=axes, label="% of the class's queries", shrink=0.8)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title("Predictions, if both classes were in the episode; white: chance", fontsize=10)
+    figure.colorbar(image, ax=axes, label="% of the queries of the true class", shrink=0.8)
 
 
 def _bars(axes: Any, classes: list[dict[str, Any]], groups: list[str], analysis: dict[str, Any]) -> None:
@@ -210,7 +210,7 @@ def weights(run: Path) -> Path:
     for layer, histogram in analysis["weights"]["histogram"].items():
         edges = histogram["edges"]
         axes[layer].stairs(histogram["counts"], edges, fill=True, alpha=0.4, label="noise at its mean")
-        axes[layer].stairs(histogram["drawn"], edges, color="C1", label="noise drawn")
+        axes[layer].stairs(histogram["drawn"], edges, color="C1", label="sampled noise")
         axes[layer].set(yscale="log", ylabel="count", xlabel="weight")
         axes[layer].set_title(f"Kernels of generated {layer[:5]} {layer[5:]}", fontsize=10)
         axes[layer].legend(fontsize=7)
@@ -226,8 +226,8 @@ def _embedding(axes: Any, analysis: dict[str, Any]) -> None:
         axes.scatter(*drawn.T, s=28, facecolors="none", edgecolors=f"C{number}", linewidths=0.7)
     axes.set(xticks=[], yticks=[])
     axes.set_title(
-        f"t-SNE; a colour a set of classes, {analysis['supports']} support sets of each\n"
-        f"filled: noise at its mean, hollow: drawn; weights vary by {100 * analysis['variation']:.1f} % of their norm\n"
+        f"t-SNE; one colour for each set of classes, {analysis['supports']} support sets of each\n"
+        f"filled: noise at its mean; hollow: sampled noise; weights vary by {100 * analysis['variation']:.1f} % of their norm\n"
         f"silhouette by classes: {_silhouette(analysis)}",
         fontsize=9,
     )
@@ -236,8 +236,8 @@ def _embedding(axes: Any, analysis: dict[str, Any]) -> None:
 
 def _silhouette(analysis: dict[str, Any]) -> str:
     if analysis["silhouette"] is None:
-        return "too few sets of classes, or support sets of each"
-    at = "{silhouette:.2f} (drawn {silhouette_drawn:.2f}), with classes shuffled {shuffled_mean:.2f}"
+        return "too few sets of classes or support sets"
+    at = "{silhouette:.2f} (sampled noise {silhouette_drawn:.2f}); with shuffled classes {shuffled_mean:.2f}"
     return (at + ", at most {shuffled_highest:.2f}").format(**analysis)
 
 
