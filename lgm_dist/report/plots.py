@@ -125,7 +125,7 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     figure.suptitle(
         f"{run.name}{_leak(config.episodes.protocol)}\n"
         f"episode {index} of {bank.split}: {accuracy:.0f} % of {len(labels)} queries correct\n"
-        f"black: support image; green: correct query; red: wrong query below its predicted class (up to {QUERIES_SHOWN} a class)",
+        f"black: support image; green: correct query; red: wrong query under its predicted class, {QUERIES_SHOWN} a class",
         fontsize=9,
     )
     return _save(figure, run / EPISODE)
