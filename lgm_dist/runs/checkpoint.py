@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -243,11 +244,7 @@ def states_of(run: Path) -> dict[Path, TrainState]:
 
 def _check_network(folder: Path, meta: Meta, ours: ModelConfig, data: str = "") -> None:
     """Raise ValueError with the differing settings if the checkpoint holds another network or, if both are known, data set."""
-    may_differ = marked("perturbed") | marked("resumable")
-    theirs, wanted = (
-        {name: value for name, value in config.flat().items() if name.startswith("model.") and name not in may_differ}
-        for config in (config_of(folder, meta), Config.of(model=ours))
-    )
+    theirs, wanted = _network_settings(config_of(folder, meta).model), _network_settings(ours)
     if data and meta.data:
         theirs["the data set's digest"], wanted["the data set's digest"] = meta.data[:16], data[:16]
     if found := differing(theirs, wanted):
@@ -255,3 +252,11 @@ def _check_network(folder: Path, meta: Meta, ours: ModelConfig, data: str = "") 
             f"checkpoint {folder} is of another configuration: it has {found}; give another --name, or delete "
             f"{folder.parents[1]}"
         )
+
+
+def _network_settings(model: ModelConfig) -> dict[str, Any]:
+    """The settings that decide which tensors a network has and what they compute, by flag name."""
+    may_differ = marked("perturbed") | marked("resumable")
+    built = dataclasses.replace(model, channels=model.channels or 3)  # as LGMNet reads it
+    flat = Config.of(model=built).flat()
+    return {name: value for name, value in flat.items() if name.startswith("model.") and name not in may_differ}
