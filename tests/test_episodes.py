@@ -258,7 +258,7 @@ def test_load_images_does_not_augment() -> None:
 def test_a_batch_and_what_was_drawn_print_as_one_line() -> None:
     batch = sample_episodes(BANK, STANDARD, "train", 0, 4)
     assert repr(batch) == "EpisodeBatch(4 episodes: 5-way 2-shot, 15 queries, images (3, 16, 16), cpu)"
-    assert repr(BANK) == "ImageBank(toy, train: 112 images of 16 x 16 x 3, 8 classes)"
+    assert repr(BANK) == "ImageBank('toy', train: 8 classes, 112 images of 16 x 16 x 3)"
 
 
 # ---- statistics: the sum of (observed - expected)^2 / expected has mean d and variance 2d ----
