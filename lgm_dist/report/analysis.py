@@ -183,9 +183,8 @@ def _in_two_dimensions(weights: Floats) -> Floats:
     points = len(weights)
     # The threads wait for each other in t-SNE's many small steps, which take ten times as long on a busy machine.
     with threadpool_limits(1):
-        reduced = PCA(min(50, *weights.shape), svd_solver="randomized", random_state=0).fit_transform(
-            weights
-        )  # (P, 50)
+        components = min(50, *weights.shape)
+        reduced = PCA(components, svd_solver="randomized", random_state=0).fit_transform(weights)  # (P, 50)
         xy: Floats = TSNE(perplexity=min(30, (points - 1) / 3), init="pca", random_state=0).fit_transform(reduced)
     return xy
 
