@@ -104,7 +104,7 @@ def bad() -> st.SearchStrategy[tuple[str, Any]]:
         (tuple(f"model.{name}" for name in MODEL), (*REALS, *ODD)),
         (("model", "no_such_field", ""), ODD),
     ]
-    return st.one_of(st.tuples(st.sampled_from(names), st.sampled_from(values)) for names, values in kinds)
+    return st.one_of([st.tuples(st.sampled_from(names), st.sampled_from(values)) for names, values in kinds])
 
 
 NAMES = [name.removeprefix("model.") for name in SETTINGS]

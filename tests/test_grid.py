@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the cells that were trained, by a training that only writes down a result."""
     names = []
 

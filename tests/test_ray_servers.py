@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_processes import state
@@ -96,7 +97,8 @@ class TestUnderRay:
         self, tiny: Path, tmp_path: Path
     ) -> None:
         """SIGTERM goes to the whole process group, as `timeout`, systemd and Slurm send it."""
-        flags = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 1000, "meta-batch": 4, "eval-every": 50}
+        flags: dict[str, Any] = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 1000, "meta-batch": 4}
+        flags["eval-every"] = 50
         flags |= {"workers": 1, "cpus-per-worker": 1, "eval-episodes": 10, "test-episodes": 20, "eval-query": 3}
         flags |= {"data": tiny, "storage": tmp_path, "name": "run", "model.filters": 8, "wandb": "disabled"}
         command = [sys.executable, str(ROOT / "scripts/train.py"), *(f"--{k}={v}" for k, v in flags.items())]

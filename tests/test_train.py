@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
-    assert Config.from_dict(json.loads((finished / "config.json").read_text())).ways == 3
+    assert Config.from_dict(json.loads((finished / "config.json").read_text())).episodes.ways == 3
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if "val/accuracy" in row] == [4, 8, 12]
@@ -96,7 +96,14 @@ def test_a_run_is_refused_while_it_is_trained_and_resumed_with_the_same_bits_whe
     tiny: Path, tmp_path: Path
 ) -> None:
     whole = fit(config(tiny, tmp_path / "whole", steps_per_epoch=48, eval_every=12))
-    flags = {"ways": 3, "query": 2, "epochs": 1, "steps-per-epoch": 48, "meta-batch": 4, "eval-every": 12}
+    flags: dict[str, Any] = {
+        "ways": 3,
+        "query": 2,
+        "epochs": 1,
+        "steps-per-epoch": 48,
+        "meta-batch": 4,
+        "eval-every": 12,
+    }
     flags |= {"workers": 0, "eval-episodes": 10, "test-episodes": 20, "eval-query": 3, "data": tiny, "name": "run"}
     flags |= {"model.filters": 8}
     command = [sys.executable, str(ROOT / "scripts/train.py"), *(f"--{k}={v}" for k, v in flags.items())]
@@ -320,7 +327,7 @@ class TestUnderRay:
     def test_one_worker_goes_on_where_two_stopped(
         self, two_workers: TwoWorkers, one_process: list[dict[str, Any]]
     ) -> None:
-        run = fit(replace(two_workers.config, max_workers=0, epochs=3))
+        run = fit(two_workers.config.replace(max_workers=0, epochs=3))
         assert_equal_losses(history(run), one_process)
         assert read_result(run)["test/episodes"] == 20
         assert sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1] == "step-00000012"
