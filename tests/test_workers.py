@@ -68,12 +68,12 @@ def accuracies(worker: Worker, config: Config, weights: Path) -> dict[str, list[
     """The accuracy of the trained network in every val episode, by protocol and method."""
     model = build_model(config, worker)
     model.load_state_dict(torch.load(weights))
-    bank, found = open_bank(config.data, "val", config.cache), {}
+    bank, accuracies_by_method = open_bank(config.data, "val", config.cache), {}
     for protocol, draws in (("standard", 0), ("standard", 3), ("paper", 1)):
         result = evaluate(model, bank, replace(config, protocol=protocol), "val", EVAL_EPISODES, draws, worker)
         for method, values in result.accuracies.items():
-            found[f"{protocol}, {draws} draws, {method}"] = values.tolist()
-    return found
+            accuracies_by_method[f"{protocol}, {draws} draws, {method}"] = values.tolist()
+    return accuracies_by_method
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,10 @@ def outcomes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
     folder = tmp_path_factory.mktemp("workers")
     small = ModelConfig(filters=8, noise_size=4)
     config = Config(ways=5, shot=1, query=3, eval_query=5, meta_batch=8, data=str(tiny), model=small)
-    found = {}
+    outcomes_by_size = {}
     for size in WORLD_SIZES:
         results = run_workers(size, folder / str(size), work, config, folder / "trained.pt")
-        found[size] = [
+        outcomes_by_size[size] = [
             Outcome(
                 Run(*r["float64"]),
                 Run(*r["uneven"]),
@@ -94,7 +94,7 @@ def outcomes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
             )
             for r in results
         ]
-    return found
+    return outcomes_by_size
 
 
 def furthest(ours: list[float], expected: list[float]) -> float:
