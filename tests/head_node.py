@@ -103,7 +103,7 @@ def listening_sockets(pids: Iterable[int]) -> list[tuple[str, int]]:
                 continue
             if target.startswith("socket:"):
                 inodes.add(target[8:-1])
-    found = []
+    sockets = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
@@ -112,5 +112,5 @@ def listening_sockets(pids: Iterable[int]) -> list[tuple[str, int]]:
                 raw = bytes.fromhex(place)
                 words = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
                 address = ipaddress.ip_address(words)
-                found.append((str(getattr(address, "ipv4_mapped", None) or address), int(port, 16)))
-    return found
+                sockets.append((str(getattr(address, "ipv4_mapped", None) or address), int(port, 16)))
+    return sockets

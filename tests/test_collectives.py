@@ -26,31 +26,31 @@ def values(rank: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def sums(worker: Worker) -> dict[str, Any]:
     """The sums that a worker gets for each size, from gloo too, and those of other types and layouts."""
-    found: dict[str, Any] = {"through": type(worker.all_reduce).__name__}
+    results: dict[str, Any] = {"through": type(worker.all_reduce).__name__}
     for size in SIZES:
         ours, theirs = (values(worker.rank, size) for _ in range(2))
         worker.sum(ours)
         distributed.all_reduce(theirs)
-        found[f"{size}"] = ours, theirs
-    found["float64"] = worker.sum(values(worker.rank, 9, torch.float64).reshape(3, 3))
-    found["int64"] = worker.sum(torch.full((), 2 + worker.rank))
+        results[f"{size}"] = ours, theirs
+    results["float64"] = worker.sum(values(worker.rank, 9, torch.float64).reshape(3, 3))
+    results["int64"] = worker.sum(torch.full((), 2 + worker.rank))
     base = torch.zeros(4, 6)
     base[:, ::2] = worker.rank + 1
     worker.sum(base[:, ::2])  # not contiguous
-    found["strided"] = base
-    found["empty"] = worker.sum(torch.zeros(0))
-    found["many"] = worker.sum(torch.zeros(1))
+    results["strided"] = base
+    results["empty"] = worker.sum(torch.zeros(0))
+    results["many"] = worker.sum(torch.zeros(1))
     for i in range(2000):
-        found["many"] = worker.sum(torch.tensor([float(worker.rank * 2000 + i)]))
-    return found
+        results["many"] = worker.sum(torch.tensor([float(worker.rank * 2000 + i)]))
+    return results
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_sums_of_all_sizes_and_types(tmp_path: Path, world_size: int) -> None:
     """They are bit for bit the sums of additions in the order of the ranks."""
-    found = run_workers(world_size, tmp_path / "workers", sums)
+    results = run_workers(world_size, tmp_path / "workers", sums)
     ranks = range(world_size)
-    for one in found:
+    for one in results:
         assert one["through"] == "SharedMemoryAllReduce"
         for size in SIZES:
             expected = values(0, size)

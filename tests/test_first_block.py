@@ -130,7 +130,7 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 torch.set_num_threads(1)
-backbone = Conv4(ModelConfig(kernels=sys.argv[1])).train()
+backbone = Conv4(ModelConfig(channels=3, kernels=sys.argv[1])).train()
 x = torch.randn(512, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 before = peak()
 backbone(x, 1).sum().backward()

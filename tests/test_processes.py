@@ -37,9 +37,9 @@ def test_children_of_children_are_found_and_stopped_ones_are_killed() -> None:
     shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
     assert shell.stdout
     sleeper = int(shell.stdout.readline())
-    while (found := descendants(os.getpid()))[sleeper] != "sleep 1000 ":
+    while (processes := descendants(os.getpid()))[sleeper] != "sleep 1000 ":
         time.sleep(0.01)  # until the shell's fork has executed sleep
-    assert list(found).index(shell.pid) < list(found).index(sleeper)
+    assert list(processes).index(shell.pid) < list(processes).index(sleeper)
     assert list(descendants(shell.pid)) == [sleeper]
     os.kill(sleeper, signal.SIGSTOP)
     assert within(10, sleeper, "T")
@@ -93,8 +93,8 @@ def test_an_orphan_becomes_a_child_of_the_process_that_adopts_it() -> None:
         [sys.executable, "-c", ADOPTS], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
     first, second = done.stdout.splitlines()
-    pid, _, found = first.partition(" ")
-    assert found == f"{{{pid}: 'sleep 1000 '}}"
+    pid, _, processes = first.partition(" ")
+    assert processes == f"{{{pid}: 'sleep 1000 '}}"
     assert second == "{}"
 
 

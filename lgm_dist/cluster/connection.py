@@ -90,7 +90,7 @@ def prepare_for_ray() -> None:
 def start_local_ray(cpus: int, log_to_driver: bool = True, dashboard: bool = True) -> None:
     """Start a Ray of this process, which listens on loopback only.
 
-    Ray Tune needs the dashboard: Ray Train's cleanup after a stopped trial asks it for the state of the trial.
+    A sweep needs the dashboard: it is asked whether a trial has ended, so that the resources of its workers are freed.
     """
     prepare_for_ray()
     import ray
