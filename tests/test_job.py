@@ -87,7 +87,7 @@ def test_a_configuration_from_before_a_field_was_there_is_still_that_run(small: 
     """Runs of earlier versions have no eval_ways in their config.json; its default then was no other."""
     config = small.replace(storage=str(tmp_path), name="run")
     job = make_job(config)
-    values = config.to_dict()
+    values = json.loads((Path(job.run) / "config.json").read_text())
     del values["episodes"]["eval_ways"], values["episodes"]["eval_shot"], values["run"]["max_workers"]
     (Path(job.run) / "config.json").write_text(json.dumps(values))
     assert make_job(config) == job
@@ -144,7 +144,7 @@ def test_an_unknown_part_is_refused_before_anything_is_made(small: Config, tmp_p
 def test_images_of_other_channels_than_the_networks_are_refused(small: Config, tmp_path: Path) -> None:
     model = dataclasses.replace(small.model, channels=1)
     with pytest.raises(
-        ValueError, match=r"model\.channels \(1\) must be 3, as the images of 'tiny' have; use --model\.chan"
+        ValueError, match=r"model\.channels \(1\) must be 3, as the images of 'tiny' have; leave --model"
     ):
         make_job(small.replace(storage=str(tmp_path / "runs"), model=model))
     assert not (tmp_path / "runs").exists()
