@@ -92,4 +92,4 @@ def small(tiny: Path) -> Config:
     """A run on `tiny` with a network so small that a step takes a few milliseconds; 3 ways, 2 shots."""
     length = Config.of(epochs=1, steps_per_epoch=12, eval_every=4, eval_episodes=6, test_episodes=6)
     episodes = length.replace(ways=3, shot=2, query=2, eval_query=3, meta_batch=4)
-    return episodes.replace(data=str(tiny), lr=1e-2, workers=0, model=ModelConfig(filters=8, noise_size=4))
+    return episodes.replace(data=str(tiny), lr=1e-2, workers=0, model=ModelConfig(channels=3, filters=8, noise_size=4))

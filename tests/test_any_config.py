@@ -47,7 +47,7 @@ WORDS = {
 MODEL = {
     **dict.fromkeys(("filters", "noise_size"), (1, 4, 8)),
     "norm_groups": (1, 2, 4),
-    "channels": (3,),
+    "channels": (0, 3),
     "norm": ("batch", "group", "instance", "layer"),
     "norm_scope": ("global", "worker", "episode"),
     "norm_decay": (0.0, 0.9, 1.0, 1),

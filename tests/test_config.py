@@ -61,6 +61,7 @@ MODEL_MISTAKES: list[tuple[dict[str, Any], str]] = [
         ({name: 0}, f"{name} (0) must be a whole number of at least 1")
         for name in ("filters", "noise_size", "norm_groups")
     ),
+    ({"channels": -1}, "channels (-1) must be a whole number of at least 0"),
     ({"norm": "none"}, "norm ('none') must be one of batch, group, instance, layer"),
     ({"norm_scope": "task"}, "norm_scope ('task') must be one of global, worker, episode"),
     *(({"norm_decay": v}, f"norm_decay ({v}) must lie between 0 and 1") for v in (-0.1, 1.01, NAN)),

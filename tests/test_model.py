@@ -35,8 +35,10 @@ def draw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """support (B, S, C, H, W), query (B, T, C, H, W), noise (B, 2, Z)"""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(episodes, support + query, config.channels, *size, generator=generator, dtype=torch.float64)
-    images = images + torch.randn(episodes, support + query, config.channels, 1, 1, generator=generator)
+    images = torch.randn(
+        episodes, support + query, config.channels or 3, *size, generator=generator, dtype=torch.float64
+    )
+    images = images + torch.randn(episodes, support + query, config.channels or 3, 1, 1, generator=generator)
     noise = torch.randn(episodes, 2, config.noise_size, generator=generator, dtype=torch.float64)
     return images[:, :support], images[:, support:], noise
 
