@@ -155,7 +155,8 @@ def search_with_atheris(target: Target, seconds: float, corpus: Path, folder: Pa
     atheris.Fuzz()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the program."""
     parser = argparse.ArgumentParser(
         prog="fuzz.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -171,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
     """Fuzz one target, or all in turn."""
-    flags = _parser().parse_args(argv)
+    flags = make_parser().parse_args(argv)
     if flags.atheris and flags.target == "all":
         raise ValueError("target (all) must be a single target with --atheris, whose search ends the process")
     with tempfile.TemporaryDirectory() as scratch:
