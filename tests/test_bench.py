@@ -68,6 +68,7 @@ def test_a_contender_says_how_much_memory_it_took() -> None:
     assert 50e6 < found[0]["peak_bytes"] <= found[1]["peak_bytes"] < 2e9
 
 
+@pytest.mark.slow
 def test_the_network_is_measured_with_torch_and_numpy_alone() -> None:
     blocked = ("webdataset", "PIL", "torchvision", "pyarrow", "tqdm", "ray", "wandb", "tyro", "matplotlib", "sklearn")
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
@@ -95,6 +96,7 @@ def test_evaluations_with_more_draws_take_longer(tiny: Path) -> None:
     assert ten > one > 0
 
 
+@pytest.mark.slow
 def test_two_workers_are_timed_and_what_they_tell_each_other_is_counted() -> None:
     """Batch norm six times a step, forwards and backwards, 1 + 2 F and 2 F numbers in float64."""
     for found in scaling._workers(2):

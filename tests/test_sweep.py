@@ -169,6 +169,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence_and_the_sweep_can_be_resume
 # Real sweeps
 
 
+    @pytest.mark.slow
 @pytest.mark.ray
 class TestRealSweeps:
     def test_trials_of_two_workers_take_turns_and_one_that_is_stopped_frees_its_cores(
