@@ -169,9 +169,9 @@ def test_a_cluster_that_is_not_there_is_one_sentence_and_the_sweep_can_be_resume
 # Real sweeps
 
 
-    @pytest.mark.slow
 @pytest.mark.ray
 class TestRealSweeps:
+    @pytest.mark.slow
     def test_trials_of_two_workers_take_turns_and_one_that_is_stopped_frees_its_cores(
         self, tiny: Path, tmp_path: Path
     ) -> None:
