@@ -1,4 +1,4 @@
-"""Things that are chosen by name: those of a package, one module each, and those that a user's own module registers."""
+"""Parts that are chosen by name: the built-in ones, and those that a user's own module registers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Registry(Generic[T]):
     Args:
         kind: What they are, such as "source". `@register_source("mine")` is how messages tell users to add one.
         setting: Setting that holds the name, for messages.
-        package: Package whose modules register the built-in ones. They are imported when a name is first looked up.
+        place: Module that registers the built-in ones, or package of such modules. It is imported at the first look-up.
     """
 
-    def __init__(self, kind: str, setting: str, package: str) -> None:
-        self._kind, self._setting, self._package = kind, setting, package
+    def __init__(self, kind: str, setting: str, place: str) -> None:
+        self._kind, self._setting, self._place = kind, setting, place
         self._known: dict[str, T] = {}
         self._imported = False
 
@@ -40,7 +40,7 @@ class Registry(Generic[T]):
     def find(self, name: str) -> T | None:
         """The class or function registered as `name`, or None."""
         if name not in self._known:
-            self._import_package()
+            self._import_built_in()
         return self._known.get(name)
 
     def get(self, name: str) -> T:
@@ -55,14 +55,14 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
-        self._import_package()
+        self._import_built_in()
         return sorted(self._known)
 
-    def _import_package(self) -> None:
+    def _import_built_in(self) -> None:
         if not self._imported:
             self._imported = True  # before the imports, which may look names up themselves
-            package = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(package.__path__, f"{self._package}."):
+            place = importlib.import_module(self._place)
+            for module in pkgutil.iter_modules(getattr(place, "__path__", []), f"{self._place}."):
                 importlib.import_module(module.name)
 
 

@@ -26,7 +26,8 @@ from lgm_dist.training.worker import Worker
 @pytest.fixture(autouse=True)
 def _second_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task `more`: five steps of the same episodes with an optimizer of another kind."""
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    tasks.TASKS.get("episodes")  # imports the built-in tasks
+    monkeypatch.setattr(tasks.TASKS, "_known", dict(tasks.TASKS._known))
 
     @register_task("more")
     class More(Episodes):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model import backbones, generators, heads  # noqa: F401  # these register the parts
 from lgm_dist.model.norm import AllReduce, Norm
 from lgm_dist.model.parts import BACKBONES, GENERATORS, HEADS, Backbone, Generator, Head
 
@@ -90,7 +89,7 @@ class LGMNet(nn.Module):
         For evaluation: the difference between the two, over the same episodes, is what the generated weights add.
         """
         config = replace(self.config, generator="none")
-        generator = GENERATORS.build("none", config, self.backbone.channels)
+        generator = GENERATORS.get("none")(config, self.backbone.channels)
         return LGMNet(config, (self.backbone, generator, self.head)).train(self.training)
 
     def reduce_over(self, all_reduce: AllReduce | None) -> None:
@@ -128,6 +127,6 @@ def _todays_name(name: str) -> str:
 
 
 def _build_parts(config: ModelConfig) -> Parts:
-    backbone = BACKBONES.build(config.backbone, config)
-    generator = GENERATORS.build(config.generator, config, backbone.channels)
-    return backbone, generator, HEADS.build(config.head, config, generator.channels)
+    backbone = BACKBONES.get(config.backbone)(config)
+    generator = GENERATORS.get(config.generator)(config, backbone.channels)
+    return backbone, generator, HEADS.get(config.head)(config, generator.channels)

@@ -22,9 +22,11 @@ F and G channels of feature maps, h x w their size, E length of a code, Z noise 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Protocol
 
 from torch import Tensor
+
+from lgm_dist.registry import Registry
 
 Weights = Sequence[tuple[Tensor, ...]]
 """Generated weights: one tuple of tensors (B, ...) for each generated layer, the layer's kernel first."""
@@ -74,46 +76,7 @@ class Head(Protocol):
         """
 
 
-Part = TypeVar("Part")
-Factory = TypeVar("Factory", bound=Callable[..., Any])
-
-
-class Registry(Generic[Part]):
-    """The factories of one kind of part, by name."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._factories: dict[str, Callable[..., Part]] = {}
-
-    def register(self, name: str) -> Callable[[Factory], Factory]:
-        """A decorator that registers a class or function under `name`. Raises ValueError if another one has the name."""
-
-        def add(factory: Factory) -> Factory:
-            known = self._factories.setdefault(name, factory)
-            if _origin(known) != _origin(factory):
-                raise ValueError(f"{self._kind} {name!r} is registered already; choose another name")
-            self._factories[name] = factory
-            return factory
-
-        return add
-
-    def build(self, name: str, *arguments: Any) -> Part:
-        """The part `name`, made from `arguments`. Raises ValueError for a name that is not registered."""
-        if name not in self._factories:
-            known = ", ".join(sorted(self._factories))
-            raise ValueError(
-                f"model.{self._kind} ({name!r}) must be one of {known}; a {self._kind} of your own needs its module "
-                f"imported, with @register_{self._kind}({name!r})"
-            )
-        return self._factories[name](*arguments)
-
-
-def _origin(factory: Callable[..., Any]) -> tuple[str, str]:
-    """Where a factory is defined: the same again if a notebook's cell or a module runs twice."""
-    return getattr(factory, "__module__", ""), getattr(factory, "__qualname__", repr(factory))
-
-
-BACKBONES: Registry[Backbone] = Registry("backbone")
-GENERATORS: Registry[Generator] = Registry("generator")
-HEADS: Registry[Head] = Registry("head")
+BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone", "model.backbone", "lgm_dist.model.backbones")
+GENERATORS: Registry[Callable[..., Generator]] = Registry("generator", "model.generator", "lgm_dist.model.generators")
+HEADS: Registry[Callable[..., Head]] = Registry("head", "model.head", "lgm_dist.model.heads")
 register_backbone, register_generator, register_head = BACKBONES.register, GENERATORS.register, HEADS.register

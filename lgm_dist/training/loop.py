@@ -14,7 +14,7 @@ from torch import nn
 from lgm_dist.config import Config
 from lgm_dist.errors import RunFailed
 from lgm_dist.model import LGMNet, build_model
-from lgm_dist.training import diagnosis, episodes_task  # noqa: F401  (registers its task)
+from lgm_dist.training import diagnosis
 from lgm_dist.training.evaluation import Evaluation
 from lgm_dist.training.memory import peak_memory
 from lgm_dist.training.step import make_step

@@ -13,9 +13,8 @@ A task is registered by name, and `config.run.stages` lists the names of a run's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 from lgm_dist.config import Config, Split
 from lgm_dist.data import ImageBank
 from lgm_dist.model import LGMNet
+from lgm_dist.registry import Registry
 from lgm_dist.training import schedule
 from lgm_dist.training.evaluation import Evaluation
 from lgm_dist.training.worker import Slice, Worker
 
 Banks = dict[Split, ImageBank]
-T = TypeVar("T", bound="type[Task]")
 
 
 class Task(ABC):
@@ -88,18 +87,8 @@ class Task(ABC):
         return False
 
 
-TASKS: dict[str, type[Task]] = {}
-"""Registered tasks by name."""
-
-
-def register_task(name: str) -> Callable[[T], T]:
-    """Register a task under the name that `config.run.stages` uses."""
-
-    def register(cls: T) -> T:
-        TASKS[name] = cls
-        return cls
-
-    return register
+TASKS: Registry[type[Task]] = Registry("task", "stages", "lgm_dist.training.episodes_task")
+register_task = TASKS.register
 
 
 @dataclass(frozen=True)
@@ -121,9 +110,7 @@ def make_stages(config: Config, banks: Banks, worker: Worker) -> list[Stage]:
     """The stages of a run. Raises ValueError for an unknown task."""
     stages: list[Stage] = []
     for name in config.run.stages:
-        if name not in TASKS:
-            raise ValueError(f"stages ({name!r}) must name registered tasks: {', '.join(TASKS)}")
-        stages.append(Stage(name, TASKS[name](config, banks, worker), stages[-1].last if stages else 0))
+        stages.append(Stage(name, TASKS.get(name)(config, banks, worker), stages[-1].last if stages else 0))
     return stages
 
 

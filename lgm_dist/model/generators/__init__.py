@@ -1,5 +1,1 @@
-"""Generators: support features to weights, one file each. Import a new file here."""
-
-from lgm_dist.model.generators import lgm, none
-
-__all__ = ["lgm", "none"]
+"""Generators: support features to weights, one file each."""
