@@ -61,7 +61,5 @@ def test_a_plugin_that_cannot_be_imported_is_one_sentence(tmp_path: Path) -> Non
 
 
 def test_a_stage_that_is_not_registered_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^stages \('pre'\) must be one of .*episodes.*; a task of your own needs"
-    ):
+    with pytest.raises(ValueError, match=r"^stages \('pre'\) must be one of .*episodes.*; to use your own, import"):
         lgm_dist.fit(Config.of(stages=("pre",), data=str(tiny), workers=0, storage=str(tmp_path)))
