@@ -1,4 +1,4 @@
-"""ImageBank: the right images in the right order, decoded once, whoever starts, dies or comes later."""
+"""ImageBank: the right images in the right order, decoded once, even if several processes start together or one is killed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> str:
 
 
 def read_plainly(manifest: Path, split: str) -> tuple[np.ndarray, list[int]]:
-    """The images sorted by label and key, with tarfile and PIL alone."""
+    """The images sorted by label and key, read with tarfile and PIL only."""
     members: dict[str, bytes] = {}
     for path in manifest.parent.glob(f"*-{split}-*.tar"):
         with tarfile.open(path) as tar:

@@ -40,6 +40,18 @@ def test_episodes_do_not_depend_on_their_neighbours() -> None:
         assert torch.equal(getattr(whole, name)[3:5], getattr(part, name))
 
 
+@pytest.mark.parametrize(("protocol", "split"), [("standard", "train"), ("paper", "val")])
+def test_a_gpu_never_waits_for_the_host(protocol: Protocol, split: Split) -> None:
+    """Tensors of the meta device have no values: an operation that needs them, as a CUDA graph cannot hold, fails."""
+    bank, config = make_bank([9, 14, 30, 8, 11], split), CONFIG.replace(protocol=protocol)
+    batch = EpisodeSampler(bank, config, "meta", resident=True)(0, 6)
+    known = sample_episodes(bank, config, split, 0, 6)
+    for name in ("images", "labels", "noise"):
+        ours, theirs = getattr(batch, name), getattr(known, name)
+        assert ours.is_meta
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
 def test_impossible_episodes_are_refused() -> None:
     with pytest.raises(ValueError, match="6 ways need 6 classes"):
         EpisodeSampler(make_bank([9, 14, 30, 8, 11]), CONFIG.replace(ways=6))

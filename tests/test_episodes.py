@@ -305,7 +305,7 @@ def test_paper_draws_are_uniform() -> None:
 
 @pytest.mark.parametrize(("ways", "known"), [(5, 0.672), (20, 0.247)])
 def test_angles_alone_leak_the_label_under_paper(ways: int, known: float) -> None:
-    """Guess among the classes turned as the query is: (1 - (4/5)^n) / (n/5) are right."""
+    """A guess among the classes with the angle of the query is right with probability (1 - (4/5)^n) / (n/5)."""
     found = drawn(make_bank([4] * 20, "test", side=8), PAPER.replace(ways=ways, shot=1), 20_000)
     angles, seen = found.parameters[0][..., 0].numpy()[:, :-1], found.parameters[0][:, -1].numpy()  # support, query
     np.testing.assert_array_equal(np.take_along_axis(angles, found.labels.numpy(), axis=1), seen)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import Config, Split
-from lgm_dist.data.augment import augmentations_of
+from lgm_dist.data.augment import all_variants, augmentations_of
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.images import Normalisation, load_images, statistics, to_pixels
 from lgm_dist.data.philox import Purpose, RandomWords, bounded, choose, normals
@@ -38,9 +38,6 @@ __all__ = [
     "statistics",
     "to_pixels",
 ]
-
-_VARIANTS_AT_ONCE = 1024
-"""Images whose variants are made at a time."""
 
 Index = npt.NDArray[np.int64]
 
@@ -131,7 +128,8 @@ class EpisodeSampler:
         self._count, self._pixels, self._variants = len(bank.images), bank.tensor, False
         if self.device.type != "cpu" if resident is None else resident:
             self._variants = bool(self.augmentations) and self.augmentations[0].variants > 0
-            self._pixels = (self._all_variants(bank) if self._variants else bank.tensor.clone()).to(self.device)
+            pixels = all_variants(self.augmentations[0], bank.tensor) if self._variants else bank.tensor.clone()
+            self._pixels = pixels.to(self.device)
 
     def __call__(self, start: int, count: int) -> EpisodeBatch:
         """Episodes start to start + count - 1 of the stream."""
@@ -218,17 +216,6 @@ class EpisodeSampler:
                 own = own.gather(1, label[..., None].expand(-1, -1, augmentation.words))  # (B, S + T, words)
             found.append(augmentation.draw(own))
         return tuple(found)
-
-    def _all_variants(self, bank: ImageBank) -> Tensor:
-        """All images in variant 0, then in variant 1, …: (variants * n, H, W, C) float32."""
-        first = self.augmentations[0]
-        changed = torch.empty(first.variants, *bank.images.shape)
-        for variant in range(first.variants):
-            for start in range(0, len(bank.images), _VARIANTS_AT_ONCE):
-                images = bank.tensor[start : start + _VARIANTS_AT_ONCE]
-                parameters = torch.full((len(images), 1), variant)
-                changed[variant, start : start + len(images)] = first.apply(images, parameters)
-        return changed.flatten(0, 1)
 
 
 def _seed(config: Config, split: Split) -> int:

@@ -229,9 +229,7 @@ def _blaming(manifest: Manifest, where: str) -> Iterator[None]:
     except _ShardError:
         raise
     except (OSError, ValueError, tarfile.TarError) as fault:
-        text = (
-            fault.strerror if isinstance(fault, OSError) and fault.strerror else fault.args[0] if fault.args else fault
-        )
+        text = (isinstance(fault, OSError) and fault.strerror) or (fault.args[0] if fault.args else fault)
         raise _ShardError(f"{where}: {text}; prepare the shards again with `{manifest.remake}`") from fault
 
 

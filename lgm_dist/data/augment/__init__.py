@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from lgm_dist.config import Config, Split
@@ -61,6 +62,8 @@ class Augmentation(ABC):
 AugmentationType = TypeVar("AugmentationType", bound=type[Augmentation])
 
 AUGMENTATIONS: Registry[type[Augmentation]] = Registry("augmentation", "augmentations", "lgm_dist.data.augment")
+_AT_ONCE = 1024
+"""Images whose variants are made at a time."""
 _OWNERS: dict[int, str] = {}
 """The name of the augmentation that has a purpose."""
 
@@ -107,3 +110,12 @@ def augmentations_of(config: Config, split: Split) -> tuple[type[Augmentation], 
         if episodes.augmentations.count(name) > 1:
             raise ValueError(f"augmentations names {name!r} twice; name it once")
     return tuple(AUGMENTATIONS.get(name) for name in episodes.augmentations)
+
+
+def all_variants(augmentation: Augmentation, images: Tensor) -> Tensor:
+    """All images (n, H, W, C) in variant 0, then in variant 1, …: (variants * n, H, W, C) float32."""
+    changed = torch.empty(augmentation.variants, *images.shape)
+    for variant in range(augmentation.variants):
+        for piece, out in zip(images.split(_AT_ONCE), changed[variant].split(_AT_ONCE), strict=True):
+            out.copy_(augmentation.apply(piece, torch.full((len(piece), 1), variant)))
+    return changed.flatten(0, 1)
