@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -41,43 +40,42 @@ class Rotation(Augmentation):
         return bounded(words, len(ANGLES))
 
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """See Augmentation. The result is float32."""
-        _, height, width, channels = images.shape
+        """See Augmentation. The result is float32. It is computed on the CPU; a GPU keeps the variants instead."""
         rotated = images.to(torch.float32, copy=True)  # (n, H, W, C)
-        groups = [(parameters[:, 0] == number).nonzero()[:, 0] for number, degrees in enumerate(ANGLES) if degrees]
-        values = _coefficients(rotated[torch.cat(groups)])  # ((W+2P)*(H+2P), m, C), m rotated images
-        parts = values.split([len(group) for group in groups], dim=1)
-        for degrees, group, part in zip(filter(None, ANGLES), groups, parts, strict=True):
-            if len(group):
-                index, weight = (t.to(images.device) for t in _taps(height, width, degrees))  # (H*W, 16)
-                turned = embedding_bag(index, part.flatten(1), per_sample_weights=weight, mode="sum")  # (H*W, k*C)
-                rotated[group] = turned.view(height, width, -1, channels).permute(2, 0, 1, 3)  # (k, H, W, C)
+        for number, degrees in enumerate(ANGLES):
+            index = (parameters[:, 0] == number).nonzero()[:, 0]  # (m,)
+            if degrees and len(index):
+                rotated[index] = _rotate_by(rotated[index].cpu(), degrees).to(images.device)
         return rotated
 
 
-def _coefficients(images: Tensor) -> Tensor:
-    """Cubic B-spline coefficients of images (m, H, W, C) with P border pixels: ((W+2P)*(H+2P), m, C)."""
-    m, _, _, channels = images.shape
-    lines = images.permute(1, 2, 0, 3).flatten(2)  # (H, W, m*C)
-    by_image: Tensor = _filter(_filter(lines).transpose(0, 1)).unflatten(2, (m, channels))  # (W+2P, H+2P, m, C)
-    return by_image.flatten(0, 1)
+def _rotate_by(images: Tensor, degrees: float) -> Tensor:
+    n, height, width, channels = images.shape
+    lines = images.numpy().transpose(1, 2, 0, 3).reshape(height, width, n * channels)  # (H, W, n*C)
+    lines = _coefficients(lines)  # (H+2P, W, n*C)
+    lines = _coefficients(lines.swapaxes(0, 1))  # (W+2P, H+2P, n*C)
+    index, weight = _taps(height, width, degrees)  # (H*W, 16)
+    flat = torch.from_numpy(lines).flatten(0, 1)  # ((W+2P)*(H+2P), n*C)
+    rotated = embedding_bag(index, flat, per_sample_weights=weight, mode="sum")  # (H*W, n*C)
+    return rotated.view(height, width, n, channels).permute(2, 0, 1, 3)  # (n, H, W, C)
 
 
-def _filter(lines: Tensor) -> Tensor:
-    """Samples along dimension 0 to cubic B-spline coefficients, with P = 12 replicated samples at both ends.
+def _coefficients(lines: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Samples along axis 0 to cubic B-spline coefficients, with P = 12 replicated samples at both ends.
 
     One recursion forwards and one backwards (Unser et al., IEEE Trans. PAMI 13, 1991), started as if the border went on for
-    ever. Unlike a matrix product, elementwise sums round alike for any number of images.
+    ever. Unlike a matrix product, elementwise sums round alike for any number of images. In numpy: torch would start its
+    threads for each of these short sums, which takes several times as long on a busy machine.
     """
-    border = (_PAD, *lines.shape[1:])
-    lines = torch.cat([lines[:1].expand(border), lines, lines[-1:].expand(border)]) * 6.0
-    line, product = lines.unbind(), torch.empty_like(lines[0])
-    line[0].div_(1.0 - _POLE)
-    for before, this in pairwise(line):
-        this.add_(torch.mul(before, _POLE, out=product))  # rounds the product, unlike add_ with alpha
-    line[-1].mul_(_POLE / (_POLE - 1.0))
-    for after, this in pairwise(reversed(line)):
-        torch.sub(after, this, out=this).mul_(_POLE)
+    lines = np.pad(lines, ((_PAD, _PAD), (0, 0), (0, 0)), mode="edge") * np.float32(6.0)
+    pole = np.float32(_POLE)
+    lines[0] /= np.float32(1.0 - _POLE)
+    for i in range(1, len(lines)):
+        lines[i] += pole * lines[i - 1]
+    lines[-1] *= np.float32(_POLE / (_POLE - 1.0))
+    for i in range(len(lines) - 2, -1, -1):
+        np.subtract(lines[i + 1], lines[i], out=lines[i])
+        lines[i] *= pole
     return lines
 
 
