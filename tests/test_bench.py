@@ -68,6 +68,14 @@ def test_a_contender_says_how_much_memory_it_took() -> None:
     assert 50e6 < found[0]["peak_bytes"] <= found[1]["peak_bytes"] < 2e9
 
 
+def test_a_contender_that_dies_is_named() -> None:
+    with (
+        pytest.raises(ValueError, match=r"ours at 0-way 1-shot ended with status 1"),
+        contender(StepSetup("ours", ways=0)) as step,
+    ):
+        step()
+
+
 @pytest.mark.slow
 def test_the_network_is_measured_with_torch_and_numpy_alone() -> None:
     blocked = ("webdataset", "PIL", "torchvision", "pyarrow", "tqdm", "ray", "wandb", "tyro", "matplotlib", "sklearn")

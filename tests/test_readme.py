@@ -153,7 +153,7 @@ def test_the_readme_begins_with_two_commands_that_set_everything_up() -> None:
 
 def test_ci_runs_the_test_command_of_contributing() -> None:
     command = blocks(CONTRIBUTING.read_text(), "sh")[0].splitlines()[0]
-    assert command.endswith(" pytest -n 2")
+    assert command.endswith(" pytest -n 3")
     assert command in (ROOT / ".ci/run").read_text().splitlines()
 
 

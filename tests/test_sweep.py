@@ -205,6 +205,7 @@ class TestRealSweeps:
             assert (steps[-1] == whole) == (trial.status == "finished")
             assert json.loads((trial.run / "facts.json").read_text())["world_size"] == 2
 
+    @pytest.mark.slow
     def test_a_population_takes_over_weights_and_settings(self, tiny: Path, space: Path, tmp_path: Path) -> None:
         flags = {"steps-per-epoch": 40, "eval-every": 8, "lr": 0.01}
         done = sweep(tmp_path, tiny, space=space, samples=4, scheduler="pbt", **flags)

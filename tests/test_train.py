@@ -302,6 +302,7 @@ class TestUnderRay:
         assert 10 <= len(rows) < 4000
         assert list(digests(tmp_path / "run")) == [f"step-{len(rows):08d}"]
 
+    @pytest.mark.slow
     def test_workers_are_replaced_if_one_dies_in_the_rendezvous(
         self, two_workers: TwoWorkers, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -109,16 +109,25 @@ def contender(steps: StepSetup) -> Iterator[Callable[[], dict[str, float]]]:
     def step() -> dict[str, float]:
         assert process.stdin
         assert process.stdout
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        found: dict[str, float] = json.loads(process.stdout.readline())
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        if not answer:
+            raise ValueError(
+                f"the process of {steps.kind} at {steps.ways}-way {steps.shot}-shot ended with status {process.wait()} "
+                "(-9: perhaps the machine has too little memory)"
+            )
+        found: dict[str, float] = json.loads(answer)
         return found
 
     try:
         yield step
     finally:
         assert process.stdin
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         process.wait()
 
 
