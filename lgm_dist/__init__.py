@@ -37,7 +37,7 @@ _MODULES = {
     "open_bank": "lgm_dist.data",
     "sample_episodes": "lgm_dist.data",
 }
-"""Where each public name is defined."""
+"""Public names and the modules that define them."""
 
 
 def __getattr__(name: str) -> Any:

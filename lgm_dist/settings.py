@@ -244,7 +244,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run trains, what it is called, and when it gives up."""
+    """The run: its name, workers, storage and time limits."""
 
     name: str = setting("", basic=True, resumable=True, not_searched=_SWEEP)
     """Name of the run and of its folder in storage (empty: made from data, ways, shot, protocol and seed). A run with the

@@ -57,7 +57,7 @@ class OptimFlags(_Unchecked, OptimConfig):
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags(_Unchecked, RunConfig):
-    """Where the run trains, what it is called, and when it gives up."""
+    """The run: its name, workers, storage and time limits."""
 
 
 @dataclasses.dataclass(frozen=True)

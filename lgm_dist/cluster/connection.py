@@ -165,7 +165,7 @@ def disconnect() -> None:
 
 
 def kill_local_ray() -> bool:
-    """Kill all processes of the local Ray at once. Return False if there is no local Ray that can be killed.
+    """Kill all processes of the local Ray at once. Return False if it knows no servers of a local Ray.
 
     `ray.shutdown()` sends SIGTERM, which they block, to one server after the other and waits a second for each. It does not
     end a worker that hangs at its exit, nor the workers of a raylet that has died, which would train on.

@@ -183,7 +183,7 @@ def _info(client: Any, job: str) -> Any:
 
 
 def status(client: Any, job: str) -> str:
-    """The name, status and message of a job in one line. Raises ValueError if there is no such job."""
+    """The name, status and message of a job in one line. Raises ValueError if the job does not exist."""
     info = _info(client, job)
     last = (info.message or "").splitlines()[:1]
     return " ".join([job, str(info.status), *last])

@@ -33,13 +33,13 @@ def finish(folder: Path) -> None:
         shutil.rmtree(links)
     winner = _evaluate_winner(sweep)
     written = [folder / BEST, folder / WINNER, write_csv(sweep), *draw(sweep), write_report([folder], folder)]
-    _print(sweep, winner)
+    _print_results(sweep, winner)
     for trial in failed:
         sys.stdout.write(f"trial {trial.number} failed: {trial.error}; --resume tries it again\n")
     sys.stdout.writelines(f"  {path}\n" for path in written)
 
 
-def _print(sweep: Sweep, winner: dict[str, Any]) -> None:
+def _print_results(sweep: Sweep, winner: dict[str, Any]) -> None:
     """Print the leaderboard and the winner's test accuracy."""
     board = leaderboard(record_of_sweep(sweep.folder))
     header = [name.removeprefix(">") for name in board.header]
