@@ -26,23 +26,23 @@ def _whole(group: Any, names: Iterable[str], least: int) -> None:
     for name in names:
         value, most = getattr(group, name), fields[name].metadata["most"]
         if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} ({value}) must be a whole number of at least {least}")
+            raise ValueError(f"{_called(group, name)} ({value}) must be a whole number of at least {least}")
         if most and value > most:
-            raise ValueError(f"{name} ({value}) must be at most {most:,}")
+            raise ValueError(f"{_called(group, name)} ({value}) must be at most {most:,}")
 
 
 def between(group: Any, name: str, low: float, high: float) -> None:
     """The field lies in [low, high]."""
     value = getattr(group, name)
     if not low <= value <= high:
-        raise ValueError(f"{name} ({value}) must lie between {low:g} and {high:g}")
+        raise ValueError(f"{_called(group, name)} ({value}) must lie between {low:g} and {high:g}")
 
 
-def choice(group: Any, name: str, choices: tuple[str, ...]) -> None:
+def choice(group: Any, name: str, choices: tuple[Any, ...]) -> None:
     """The field is one of `choices`."""
     value = getattr(group, name)
     if value not in choices:
-        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
+        raise ValueError(f"{_called(group, name)} ({value!r}) must be one of {', '.join(map(str, choices))}")
 
 
 def paths(group: Any) -> None:
@@ -63,11 +63,21 @@ def paths(group: Any) -> None:
 def typed(name: str, value: Any, default: Any) -> Any:
     """`value` as the type of `default`: a list becomes a tuple, and a whole number may stand for a float."""
     expected = type(default)
-    if expected is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+    if expected is tuple and isinstance(value, list) and all(isinstance(item, _items(default)) for item in value):
         return tuple(value)
     if type(value) is not expected and not (expected is float and type(value) is int):
         raise ValueError(f"{name} ({value!r}) must be of type {expected.__name__}")
     return value
+
+
+def _called(group: Any, name: str) -> str:
+    """The setting as messages call it: with the group's prefix if its flags have one that messages need."""
+    return f"{getattr(group, 'prefix', '')}{name}"
+
+
+def _items(default: tuple[Any, ...]) -> tuple[type, ...]:
+    """Types that the items of a tuple may have."""
+    return (int, float) if default and isinstance(default[0], float) else (str,)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

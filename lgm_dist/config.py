@@ -1,6 +1,6 @@
 """Configuration of a run: frozen groups of settings, checked at construction. Standard library only.
 
-A `Config` holds one group per topic: `data`, `episodes`, `model`, `optim` and `run`. Each setting also has a flag name, which
+A `Config` holds one group per topic: `data`, `episodes`, `pretraining`, `model`, `optim` and `run`. Each setting also has a flag name, which
 the command line, sweeps and Weights & Biases use: `ways` for `config.episodes.ways`, `model.norm` for `config.model.norm`.
 `Config.of` and `Config.replace` take settings by flag name.
 
@@ -21,6 +21,7 @@ from lgm_dist.settings import (
     EpisodeShape,
     ModelConfig,
     OptimConfig,
+    PretrainingConfig,
     Protocol,
     RunConfig,
     Split,
@@ -37,6 +38,7 @@ __all__ = [
     "EpisodesConfig",
     "ModelConfig",
     "OptimConfig",
+    "PretrainingConfig",
     "Protocol",
     "RunConfig",
     "Setting",
@@ -53,21 +55,29 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        workers, most, meta_batch = self.run.workers, self.run.max_workers, self.episodes.meta_batch
-        if most and not 0 < workers <= most <= meta_batch:
+        if self.run.stages != ("pretraining",):
+            self._check_workers("meta_batch", self.episodes.meta_batch)
+        if "pretraining" in self.run.stages:
+            self._check_workers("pretraining.batch", self.pretraining.batch)
+
+    def _check_workers(self, name: str, size: int) -> None:
+        """Raise ValueError unless the workers can share a step's `size` items; `name` is the setting of this number."""
+        workers, most = self.run.workers, self.run.max_workers
+        if most and not 0 < workers <= most <= size:
             raise ValueError(
                 f"max_workers ({most}) must lie between workers ({workers}), which is at least 1, and "
-                f"meta_batch ({meta_batch}); give --workers MIN:MAX"
+                f"{name} ({size}); give --workers MIN:MAX"
             )
-        if workers and not most and meta_batch % workers:
-            below = meta_batch // workers * workers
+        if workers and not most and size % workers:
+            below = size // workers * workers
             fix = " or ".join(str(m) for m in (below, below + workers) if m)
-            raise ValueError(f"meta_batch ({meta_batch}) must be divisible by workers ({workers}); use {fix}")
+            raise ValueError(f"{name} ({size}) must be divisible by workers ({workers}); use {fix}")
 
     @classmethod
     def of(cls, **settings: Any) -> Config:
@@ -146,6 +156,7 @@ class Setting(NamedTuple):
 GROUPS: dict[str, type[Any]] = {
     "data": DataConfig,
     "episodes": EpisodesConfig,
+    "pretraining": PretrainingConfig,
     "model": ModelConfig,
     "optim": OptimConfig,
     "run": RunConfig,
@@ -155,7 +166,7 @@ GROUPS: dict[str, type[Any]] = {
 def _flag_of(group: str, name: str) -> str:
     """The flag name of a field of a group; an unknown field keeps its dotted name."""
     known = {f.name: f for f in dataclasses.fields(GROUPS[group])}
-    if group == "model" or name not in known:
+    if group in ("model", "pretraining") or name not in known:
         return f"{group}.{name}"
     return known[name].metadata["flag"] or name
 

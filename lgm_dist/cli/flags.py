@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from lgm_dist.config import GROUPS, PRESETS, SETTINGS, Config
-from lgm_dist.settings import DataConfig, EpisodesConfig, ModelConfig, OptimConfig, RunConfig
+from lgm_dist.settings import DataConfig, EpisodesConfig, ModelConfig, OptimConfig, PretrainingConfig, RunConfig
 
 
 class _Unchecked:
@@ -46,6 +46,11 @@ class EpisodesFlags(_Unchecked, EpisodesConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class PretrainingFlags(_Unchecked, PretrainingConfig):
+    """Classification of the images of the base classes."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelFlags(_Unchecked, ModelConfig):
     """The network."""
 
@@ -66,6 +71,7 @@ class Flags:
 
     data: OmitArgPrefixes[DataFlags] = DataFlags()
     episodes: OmitArgPrefixes[EpisodesFlags] = EpisodesFlags()
+    pretraining: PretrainingFlags = PretrainingFlags()
     model: ModelFlags = ModelFlags()
     optim: OmitArgPrefixes[OptimFlags] = OptimFlags()
     run: OmitArgPrefixes[RunFlags] = RunFlags()

@@ -1,0 +1,59 @@
+"""The settings of the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lgm_dist import checks
+from lgm_dist.settings.mark import setting
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. The defaults are the paper's model as its authors wrote it (2,661,376 parameters)."""
+
+    backbone: str = setting("conv4")
+    """Images to feature maps: the name of a registered backbone."""
+    generator: str = setting("lgm")
+    """Support features to weights: the name of a registered generator; none switches it off."""
+    head: str = setting("cosine")
+    """Maps to log-probabilities: the name of a registered head. cosine: the paper's matching head. class_means: cosine to the
+    class means with a learned temperature."""
+    kernels: Literal["auto", "reference"] = setting("auto", resumable=True, not_searched="it changes the speed alone")
+    """auto: the fast version of an operation if the device has one. reference: plain operations only."""
+    channels: int = setting(0, not_searched="it is the data's")
+    """Channels of an image: 1 or 3 (0: as the data set has; 3 for a network that is built without one)."""
+    filters: int = setting(64, most=4096)
+    """Filters of each convolution of conv4 and lgm, learned or generated."""
+    noise_size: int = setting(32, most=4096)
+    """Z: length of the noise of one generated layer; the context is twice as long (mean, log-variance)."""
+    norm: Literal["batch", "group", "instance", "layer"] = setting("batch")
+    """Normalisation of the backbone and the context encoder."""
+    norm_scope: Literal["global", "worker", "episode"] = setting("global")
+    """Images over which batch statistics are taken in training: the global meta-batch (the paper's intertask normalisation),
+    the worker's slice of it, or each episode. Evaluation always uses the moving averages."""
+    norm_decay: float = setting(0.99, perturbed=True)
+    """Decay of the moving averages: m <- decay * m + (1 - decay) * statistic."""
+    norm_epsilon: float = setting(1e-3, perturbed=True)
+    """Added to the variance before the square root."""
+    norm_groups: int = setting(8)
+    """Groups of norm=group."""
+    weight_norm: bool = setting(True)
+    """Scale each generated filter to L2 norm 1."""
+    base_outputs: int = setting(0, not_searched="it is the data's")
+    """Outputs of the linear classifier of the base classes that pretraining trains: classes times rotations (0: none; a run
+    with a stage pretraining sets it)."""
+
+    def __post_init__(self) -> None:
+        checks.positive(self, "filters", "noise_size", "norm_groups")
+        checks.not_negative(self, "channels", "base_outputs")
+        checks.choice(self, "kernels", ("auto", "reference"))
+        checks.choice(self, "norm", ("batch", "group", "instance", "layer"))
+        checks.choice(self, "norm_scope", ("global", "worker", "episode"))
+        checks.between(self, "norm_decay", 0.0, 1.0)
+        if not 0 < self.norm_epsilon <= checks.LARGEST:
+            raise ValueError(f"norm_epsilon ({self.norm_epsilon}) must be positive; the paper's is 1e-3")
+        if self.norm == "group" and self.filters % self.norm_groups:
+            fix = max(groups for groups in range(1, self.norm_groups) if self.filters % groups == 0)
+            raise ValueError(f"norm_groups ({self.norm_groups}) must divide filters ({self.filters}); use {fix}")
