@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     ROTATION = 3
     FLIP_SHIFT = 4
     NOISE = 5
+    ORDER = 11
+    MIXUP = 12
 
 
 FIRST_FREE_PURPOSE = 1000

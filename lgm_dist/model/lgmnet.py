@@ -49,6 +49,10 @@ class LGMNet(nn.Module):
         config = config or ModelConfig()
         self.config = replace(config, channels=config.channels or 3)
         self.backbone, self.generator, self.head = parts or _build_parts(self.config)
+        self.classifier: nn.Linear | None = None
+        """Average features of an image (n, F) -> logits (n, base_outputs) of the base classes; trained by pretraining alone."""
+        if self.config.base_outputs and not parts:
+            self.classifier = nn.Linear(self.backbone.channels, self.config.base_outputs)
 
     def forward(self, support: Tensor, query: Tensor, ways: int, noise: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, T, N) of the classes for each query image.

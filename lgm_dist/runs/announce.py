@@ -10,7 +10,7 @@ from lgm_dist.data.manifest import read_manifest
 from lgm_dist.extras import installed
 from lgm_dist.runs.checkpoint_files import step_of
 from lgm_dist.runs.job import Job, device_of
-from lgm_dist.training.tasks import Stage, make_stages
+from lgm_dist.training.tasks import make_stages
 from lgm_dist.training.worker import Worker
 
 
@@ -21,18 +21,11 @@ def describe(job: Job) -> list[str]:
     steps = [step_of(folder) or 0 for folder in Path(job.run).glob("checkpoints/step-*")]
     resumed = f", resumed after step {max(steps):,}" if steps else ""
     return [
-        f"{config.run_name}: {', then '.join(_stage(stage, config) for stage in stages)}{resumed}",
+        f"{config.run_name}: {', then '.join(f'stage {stage.name}, {stage.task.describe()}' for stage in stages)}{resumed}",
         _machine(job, config),
         _data(job),
         *_tracking(config),
     ]
-
-
-def _stage(stage: Stage, config: Config) -> str:
-    task = stage.task
-    ways, shot, query, _ = config.episode("train")
-    size = f" ({ways}-way {shot}-shot {query}-query)" if task.unit == "episodes" else ""
-    return f"stage {stage.name}, {task.steps:,} steps of {task.meta_batch:,} {task.unit}{size}"
 
 
 def _machine(job: Job, config: Config) -> str:

@@ -45,11 +45,13 @@ class TrainState:
     """Accuracy of this very checkpoint on val, in 0 to 1; -1 if it was not evaluated."""
     val_ci95: float = 0.0
     """Half-width of the 95 % interval of `val_accuracy`."""
+    stage: int = 0
+    """Number of the stage that the last of the steps belongs to."""
 
     @classmethod
-    def after(cls, step: int, val: Evaluation | None) -> TrainState:
-        """The state after `step` steps and possibly an evaluation on val."""
-        return cls(step, val.score.accuracy, val.score.ci95) if val else cls(step)
+    def after(cls, step: int, val: Evaluation | None, stage: int = 0) -> TrainState:
+        """The state after `step` steps, the last one of stage `stage`, and possibly an evaluation on val."""
+        return cls(step, val.score.accuracy, val.score.ci95, stage) if val else cls(step, stage=stage)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ def write_result(run: Path, config: Config, test: Evaluation | None, memory: lis
         "step": best.step,
         "train/steps": total_steps(config),
         "train/episodes": config.episodes.steps * config.episodes.meta_batch if "episodes" in config.run.stages else 0,
+        "train/images": config.pretraining.steps * config.pretraining.batch
+        if "pretraining" in config.run.stages
+        else 0,
         "train/seconds": max(row["seconds"] for row in read_metrics(run)),
         "memory/peak_bytes": max(memory),
     }

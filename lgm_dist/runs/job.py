@@ -12,6 +12,7 @@ import torch
 from lgm_dist.config import SPLITS, Config, Split, differing, marked
 from lgm_dist.data import check_episodes, open_bank
 from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.labelled import check_labelled
 from lgm_dist.data.prepare import ensure_manifest
 from lgm_dist.extras import need
 from lgm_dist.model import build_model
@@ -46,10 +47,17 @@ def make_job(config: Config) -> Job:
         build_model(config.model)  # raises for an unknown part and for parts that do not fit together
     manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
     bank = open_banks(config, manifest)["train"]
-    config = config.replace(**{"model.channels": bank.channels})
+    config = config.replace(**{"model.channels": bank.channels, "model.base_outputs": _base_outputs(config, bank)})
     cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
     return Job(config.to_dict(), manifest, cache, str(_claim(config, bank.digest)), threads_of(config))
+
+
+def _base_outputs(config: Config, bank: ImageBank) -> int:
+    """Outputs of the classifier that pretraining trains; without that stage, as configured."""
+    if "pretraining" not in config.run.stages:
+        return config.model.base_outputs
+    return len(bank.classes) * config.pretraining.rotations
 
 
 def _check_libraries(config: Config) -> None:
@@ -76,6 +84,8 @@ def open_banks(config: Config, manifest: str) -> dict[Split, ImageBank]:
             f"model.channels ({config.model.channels}) must be {channels}, as the images of '{name}' have; leave "
             "--model.channels out"
         )
+    if "pretraining" in config.run.stages:
+        check_labelled(banks["train"].shape, config)
     for split, bank in banks.items():
         check_episodes(config, split, bank.name, bank.counts.tolist(), bank.classes)
     return banks

@@ -18,10 +18,12 @@ from lgm_dist.runs import checkpoint
 from lgm_dist.runs.facts import write_facts, write_result
 from lgm_dist.runs.folder import retry_writes
 from lgm_dist.runs.job import Job
+from lgm_dist.runs.load import load_run
 from lgm_dist.runs.metrics import MetricsLog
 from lgm_dist.runs.stop import STOP
 from lgm_dist.training.evaluation import Evaluation
 from lgm_dist.training.loop import Report, train
+from lgm_dist.training.tasks import stage_of
 from lgm_dist.training.worker import Worker
 
 
@@ -79,12 +81,16 @@ class RunRecord:
         """Write a checkpoint; return its folder on rank 0, None elsewhere."""
         if self._worker.rank != 0:
             return None
-        state = checkpoint.TrainState.after(step, val)
+        state = checkpoint.TrainState.after(step, val, stage_of(self._config, step))
         images = checkpoint.ImageFacts.of(self._base, self._config)
         folder: Path = self._write(
             checkpoint.save, self._run, state, model, optimizer, self._config, val, self._base.digest, images
         )
         return folder
+
+    def load_network(self, folder: str) -> LGMNet:
+        """The network of another run, in evaluation mode. Raises ValueError if there is none."""
+        return load_run(folder).model
 
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints."""

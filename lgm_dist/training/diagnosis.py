@@ -54,7 +54,7 @@ def _outputs(task: Task, model: LGMNet, batch: Any, count: int) -> list[tuple[st
     for layer in names:
         layer.register_forward_hook(look)
     with arithmetic(tf32=task.config.optim.precision == "tf32"):
-        task.loss(plain.train(), batch)
+        task.loss(task.module(plain.train()), batch)
     return outputs
 
 

@@ -27,6 +27,11 @@ class Episodes(Task):
         if worker.device.startswith("cuda") and "train" in banks:
             self._on_device = DeviceBatches(banks["train"], config, worker, self.slice_of(0))
 
+    def describe(self) -> str:
+        """The steps and the size of an episode."""
+        ways, shot, query, _ = self.config.episode("train")
+        return f"{super().describe()} ({ways}-way {shot}-shot {query}-query)"
+
     def batch(self, step: int) -> EpisodeBatch | DeviceBatch:
         """This worker's episodes of the step."""
         if self._on_device:

@@ -48,6 +48,9 @@ class Record(Protocol):
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, val: Evaluation | None) -> Path | None:
         """Write a checkpoint; return its folder on rank 0."""
 
+    def load_network(self, folder: str) -> LGMNet:
+        """The network of another run, in evaluation mode. Raises ValueError if there is none."""
+
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints."""
 
@@ -70,7 +73,7 @@ def train(config: Config, banks: Banks, worker: Worker, record: Record, report: 
     done, optimizer = record.restore(model, optimizer_at)
     for stage in stages:
         if done < stage.last:
-            done = train_stage(stage, model, optimizer or stage.task.optimizer(model), record, done, report)
+            done = train_stage(stage, model, optimizer, record, done, report)
             optimizer = None
             if done < stage.last:
                 return  # the run was asked to stop
@@ -83,12 +86,21 @@ def train(config: Config, banks: Banks, worker: Worker, record: Record, report: 
 
 
 def train_stage(
-    stage: Stage, model: LGMNet, optimizer: Optimizer, record: Record, done: int, report: Report | None
+    stage: Stage, model: LGMNet, restored: Optimizer | None, record: Record, done: int, report: Report | None
 ) -> int:
-    """Train a stage, of whose run `done` steps are done. Returns the steps done: fewer than `stage.last` after a stop."""
+    """Train a stage, of whose run `done` steps are done. Returns the steps done: fewer than `stage.last` after a stop.
+
+    `restored` is the optimizer of a checkpoint inside the stage; None at its start.
+    """
     task, worker = stage.task, stage.task.worker
-    parallel = worker.data_parallel(model).train()
-    take_step = make_step(task, model, parallel, optimizer, done - stage.first)
+    task.begin(record.load_network)
+    optimizer = restored or task.optimizer(model)
+    if restored:
+        task.exchange(optimizer)  # a checkpoint holds the evaluated weights in the place of the trained ones
+    model.train().zero_grad()
+    module = task.module(model)
+    parallel = worker.data_parallel(module).train()
+    take_step = make_step(task, module, parallel, optimizer, done - stage.first)
     for step in range(done - stage.first, task.steps):
         worker.heartbeat()
         start = time.monotonic()
@@ -101,18 +113,22 @@ def train_stage(
             raise NotFinite(diagnosis.explain(stage, model, batch, step), record.checkpoints())
         metrics = {"train/loss": loss, "train/accuracy": accuracy, "optim/grad_norm": grad_norm}
         metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
-        metrics[f"speed/{task.unit}_per_s"] = task.meta_batch / (time.monotonic() - start)
+        metrics[f"speed/{task.unit}_per_s"] = task.items_per_step / (time.monotonic() - start)
         metrics["memory/peak_bytes"] = _peak_memory(worker)
         done, val = stage.first + step + 1, None
-        if (step + 1) % task.eval_every == 0 or done == stage.last:
+        due = (step + 1) % task.eval_every == 0 or done == stage.last
+        keep = bool(stop) or due
+        if keep:
+            task.exchange(optimizer)
+        if due:
             worker.heartbeat()
             val = task.evaluate(model, "val")
             metrics |= {"val/accuracy": val.score.accuracy, "val/ci95": val.score.ci95} if val else {}
-        keep = bool(stop) or val is not None or done == stage.last
         # before the checkpoint: a resumed run drops rows that will come again, but brings no lost one back
         record.log(done, metrics, late=not keep and worker.device != "cpu")
         if keep:
             folder = record.save(done, model, optimizer, val)
+            task.exchange(optimizer)
             if report:
                 report(done, metrics, folder)
         if stop:

@@ -1,11 +1,13 @@
-"""The optimizer of an episodic stage and its learning rate."""
+"""The optimizers of the stages and their learning rates."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import nn
 
-from lgm_dist.config import Config
+from lgm_dist.config import Config, PretrainingConfig
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -35,3 +37,30 @@ def set_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> No
         group["lr"] = learning_rate(config, step)
         group["weight_decay"] = config.optim.weight_decay
         group["eps"] = EPSILON / (1 - BETAS[1] ** (step + 1)) ** 0.5
+
+
+def pretraining_optimizer(module: nn.Module, config: PretrainingConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum and an L2 penalty, or AdamW, for the parameters of `module`."""
+    parameters = list(module.parameters())
+    if config.optimizer == "adam":
+        return torch.optim.AdamW(
+            parameters, config.lr, betas=BETAS, eps=EPSILON, weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        parameters,
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+        fused=True,
+    )
+
+
+def pretraining_rate(config: PretrainingConfig, step: int) -> float:
+    """The learning rate of step `step` of the stage (from 0): linear warm-up, then half a cosine to 0, or steps."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        done = (step - config.warmup) / (config.steps - config.warmup)
+        return config.lr * (1 + math.cos(math.pi * done)) / 2
+    return config.lr * 0.1 ** sum(step >= round(share * config.steps) for share in config.milestones)

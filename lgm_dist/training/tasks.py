@@ -13,6 +13,7 @@ A task is registered by name, and `config.run.stages` lists the names of a run's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from lgm_dist.training.evaluation import Evaluation
 from lgm_dist.training.worker import Slice, Worker
 
 Banks = dict[Split, ImageBank]
+LoadNetwork = Callable[[str], LGMNet]
+"""Loads the network of a run's folder."""
 
 
 class Task(ABC):
@@ -49,6 +52,11 @@ class Task(ABC):
         return self.config.episodes.meta_batch
 
     @property
+    def items_per_step(self) -> int:
+        """Items that the network sees in a step, for figures of speed."""
+        return self.meta_batch
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the stage."""
         return self.config.episodes.steps
@@ -62,32 +70,58 @@ class Task(ABC):
         """This worker's part of the items of a step."""
         return self.worker.slice_of(step * self.meta_batch, self.meta_batch)
 
+    def describe(self) -> str:
+        """The size of the stage in words."""
+        return f"{self.steps:,} steps of {self.meta_batch:,} {self.unit}"
+
+    def module(self, model: LGMNet) -> nn.Module:
+        """The part of the network that the stage trains. It shares its parameters with `model`; those that its forward pass
+        does not use must not require a gradient."""
+        model.requires_grad_(True)
+        if model.classifier is not None:
+            model.classifier.requires_grad_(False)
+        return model
+
+    def begin(self, load_network: LoadNetwork) -> None:
+        """Called once before the first step that this process takes of the stage; `load_network` reads other runs."""
+        del load_network
+
     @abstractmethod
     def batch(self, step: int) -> Any:
         """This worker's slice of the batch of step `step`, on the worker's device."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """The mean loss (), differentiable, and the accuracy () of a batch, in 0 to 1. `model` is in training mode."""
+        """The mean loss (), differentiable, and the accuracy () of a batch, in 0 to 1.
+
+        `model` is what `module` returned, in training mode, possibly wrapped for data-parallel training.
+        """
 
     @abstractmethod
     def evaluate(self, model: LGMNet, split: Split) -> Evaluation | None:
         """The evaluation on val or test; None if the stage has none. All workers call it together and get the same."""
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of the stage."""
+    def optimizer(self, model: LGMNet) -> torch.optim.Optimizer:
+        """The optimizer of the stage for the whole network `model`."""
         return schedule.make_optimizer(model, self.config)
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the optimizer's rates for step `step`."""
         schedule.set_rates(optimizer, self.config, step)
 
+    def exchange(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the weights that are evaluated and kept in the place of those that are trained; a second call undoes the first.
+
+        They are the same, unless the stage averages weights.
+        """
+        del optimizer
+
     def prepare_graphs(self) -> bool:
         """Return True if a step can be captured in a CUDA graph, after preparing the batches for it."""
         return False
 
 
-TASKS: Registry[type[Task]] = Registry("task", "stages", "lgm_dist.training.episodes_task")
+TASKS: Registry[type[Task]] = Registry("task", "stages", "lgm_dist.training.built_in")
 register_task = TASKS.register
 
 
@@ -112,6 +146,11 @@ def make_stages(config: Config, banks: Banks, worker: Worker) -> list[Stage]:
     for name in config.run.stages:
         stages.append(Stage(name, TASKS.get(name)(config, banks, worker), stages[-1].last if stages else 0))
     return stages
+
+
+def stage_of(config: Config, step: int) -> int:
+    """Number of the stage in which step `step` (from 1) of the run is taken."""
+    return sum(step > stage.last for stage in make_stages(config, {}, Worker()))
 
 
 def total_steps(config: Config) -> int:
