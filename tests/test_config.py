@@ -189,7 +189,7 @@ def test_marks() -> None:
         *("epochs", "workers", "max_workers", "cpus_per_worker", "device", "max_failures", "hang_seconds"),
         *("data_root", "source", "cache", "name", "storage", "storage_seconds", "wandb", "plugins", "model.kernels"),
     }
-    assert marked("costly") == {"ways", "shot", "query", "meta_batch"}
+    assert marked("costly") == {"ways", "shot", "query", "meta_batch", "pretraining.batch"}
     assert marked("perturbed") == {"model.norm_decay", "model.norm_epsilon"}
     assert 10 <= len(marked("basic")) <= 13
 
@@ -212,6 +212,7 @@ def other(value: Any, name: str) -> Any:
         "augmentations": ("flip_shift", "more"),
     }
     chosen |= {"norm": "group", "norm_scope": "episode", "norm_groups": 5, "filters": 65, "lr_decay": 0.5, "lr": 0.01}
+    chosen |= {"rotations": 1, "optimizer": "adam", "schedule": "step", "milestones": (0.5,)}
     if name in chosen:
         return chosen[name]
     if isinstance(value, bool):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.stages import bits, history, train
 
 from lgm_dist.config import Config
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.folder import read_result
 from lgm_dist.runs.job import make_job
 from lgm_dist.runs.metrics import read_metrics
-from lgm_dist.runs.record import train_fn
-from lgm_dist.runs.stop import STOP
 from lgm_dist.training import tasks
 from lgm_dist.training.episodes_task import Episodes
 from lgm_dist.training.tasks import Task, make_stages, register_task, total_steps
@@ -50,32 +47,6 @@ def config(small: Config, tmp_path: Path) -> Config:
     )
 
 
-def train(config: Config, stop_before: int = 0) -> Path:
-    """The folder of a run that was trained, or asked to stop before its heartbeat of this number."""
-    job = make_job(config)
-    run = Path(job.run)
-    beats = iter(range(1, 1000))
-
-    def heartbeat() -> None:
-        if next(beats) == stop_before:
-            (run / STOP).touch()
-
-    train_fn(job, Worker(heartbeat=heartbeat))
-    (run / STOP).unlink(missing_ok=True)
-    return run
-
-
-def bits(run: Path) -> dict[str, Any]:
-    return {path.parent.name: json.loads(path.read_text())["files"] for path in run.glob("checkpoints/*/state.json")}
-
-
-def history(run: Path) -> list[dict[str, float]]:
-    return [
-        {k: v for k, v in row.items() if k.split("/")[0] in ("step", "train", "val", "optim")}
-        for row in read_metrics(run)
-    ]
-
-
 def test_steps_are_numbered_through(config: Config) -> None:
     assert [(s.name, s.first, s.last) for s in make_stages(config, {}, Worker())] == [
         ("episodes", 0, 4),
@@ -87,7 +58,7 @@ def test_steps_are_numbered_through(config: Config) -> None:
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [row["step"] for row in rows if "val/accuracy" in row] == [2, 4, 7, 9], "every 2, every 3, and at the ends"
     assert [row["optim/lr"] for row in rows[4:]] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 5e-4])
-    assert (read_result(run)["train/steps"], read_result(run)["train/episodes"]) == (9, 16)
+    assert (read_result(run)["train/steps"], read_result(run)["train/episodes"]) == (9, 36)
 
 
 @pytest.mark.parametrize("stop_before", [2, 6, 8, 11])

@@ -30,14 +30,10 @@ def main(argv: list[str]) -> None:
     sys.stdout.write(_summary(config, run, read_result(run)))
 
 
-def _trained_on(result: dict[str, Any]) -> str:
-    """Images of pretraining and episodes."""
-    counts = {unit: result.get(f"train/{unit}", 0) for unit in ("images", "episodes")}
-    return ", ".join(f"{count:,} {unit}" for unit, count in counts.items() if count)
-
-
 def _summary(config: Config, run: Path, result: dict[str, Any]) -> str:
     """The result as a table, and the files of the run."""
+    from lgm_dist.training.tasks import in_words, trained_on
+
     split = "test" if "test/accuracy" in result else "val"
     row = {
         "run": config.run_name,
@@ -45,7 +41,7 @@ def _summary(config: Config, run: Path, result: dict[str, Any]) -> str:
         "episodes": f"{result['ways']}-way {result['shot']}-shot",
         f"{split} accuracy": percent(result[f"{split}/accuracy"], result[f"{split}/ci95"]),
         f"{split} episodes": f"{result.get('test/episodes', config.episodes.eval_episodes):,}",
-        "trained on": _trained_on(result),
+        "trained on": in_words(trained_on(config, result["train/steps"])),
         "time": f"{result['train/seconds'] / 60:.1f} min",
         "memory a worker": f"{result['memory/peak_bytes'] / 2**30:.2f} GiB",
     }

@@ -56,24 +56,44 @@ def curves(run: Path) -> Path:
     low, high = middle.get_ylim()
     middle.set_ylim(max(low, -2), min(high, 102))  # the interval of a few episodes can reach beyond 0 or 100 %
     middle.legend(fontsize=8)
-    _line(right, step, rows, "speed/episodes_per_s")
-    right.set(xlabel="step", ylabel="episodes/s", title="Speed", ylim=(0, 1.05 * right.get_ylim()[1]))
+    _speed(right, rows)
     figure.suptitle(f"{run.name}{_leak(config.episodes.protocol)}", fontsize=11)
     return _save(figure, run / CURVES)
 
 
-def _line(axes: Any, step: npt.NDArray[np.int64], rows: list[dict[str, Any]], key: str, scale: float = 1) -> None:
+def _speed(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Episodes/s or images/s; both if the run has stages of both."""
+    keys = sorted({key for row in rows for key in row if key.startswith("speed/")})
+    for number, key in enumerate(keys):
+        timed = [row for row in rows if key in row]
+        _line(axes, np.array([row["step"] for row in timed]), timed, key, colour=f"C{number}")
+    units = " and ".join(key.removeprefix("speed/").replace("_per_", "/") for key in keys)
+    axes.set(xlabel="step", ylabel=units, title="Speed", ylim=(0, 1.05 * axes.get_ylim()[1]))
+
+
+def _line(
+    axes: Any,
+    step: npt.NDArray[np.int64],
+    rows: list[dict[str, Any]],
+    key: str,
+    scale: float = 1,
+    colour: str = "C0",
+) -> None:
     """The values in a pale colour, and their running mean over a twentieth of the run."""
     values = scale * np.array([row[key] for row in rows])
     window = max(len(values) // 20, 1)
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
-    axes.plot(step, values, color="C0", alpha=0.25, linewidth=0.8)
-    axes.plot(step[window - 1 :], mean, color="C0", label=f"train (mean of {window} steps)" if window > 1 else "train")
+    axes.plot(step, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(
+        step[window - 1 :], mean, color=colour, label=f"train (mean of {window} steps)" if window > 1 else "train"
+    )
 
 
 def _chance(axes: Any, config: Config) -> None:
     val = config.episode("val").ways
-    if val == config.episodes.ways:
+    if "pretraining" in config.run.stages:
+        axes.axhline(100 / val, color="C1", linestyle=":", label="chance, val")
+    elif val == config.episodes.ways:
         axes.axhline(100 / val, color="grey", linestyle=":", label="chance")
     else:
         axes.axhline(100 / config.episodes.ways, color="C0", linestyle=":", label="chance, train")
@@ -81,6 +101,9 @@ def _chance(axes: Any, config: Config) -> None:
 
 
 def _episodes(config: Config) -> str:
+    if "pretraining" in config.run.stages:
+        ways, shot = config.episode("val")[:2]
+        return f"Accuracy, train on base classes, val {ways}-way {shot}-shot"
     train, val = (f"{e.ways}-way {e.shot}-shot" for e in (config.episode("train"), config.episode("val")))
     return f"{train} accuracy" if train == val else f"Accuracy, train {train}, val {val}"
 

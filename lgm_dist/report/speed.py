@@ -10,9 +10,12 @@ from lgm_dist.report.records import Record
 from lgm_dist.report.tables import DASH, Table, by, episodes, fact
 
 
-def speed_of(record: Record) -> float | None:
-    """Median episodes/s over the steps of a run. The median, because the first steps after each start are slow."""
-    speeds = [row["speed/episodes_per_s"] for row in record.rows if "speed/episodes_per_s" in row]
+def speed_of(record: Record, unit: str = "episodes") -> float | None:
+    """Median episodes/s, or images/s of pretraining, over the steps of a run; None without such steps.
+
+    The median, because the first steps after each start are slow.
+    """
+    speeds = [row[f"speed/{unit}_per_s"] for row in record.rows if f"speed/{unit}_per_s" in row]
     return statistics.median(speeds) if speeds else None
 
 
@@ -20,17 +23,20 @@ def throughput(records: Sequence[Record]) -> Table | None:
     """A table of speed and memory of each run."""
     rows: list[tuple[str, ...]] = []
     for record in records:
-        speed, c = speed_of(record), record.config
-        if speed is None or not c:
+        c = record.config
+        if not c:
             continue
+        machine = tuple(fact(record, key) for key in ("world_size", "threads", "device"))
         memory = max((row.get("memory/peak_bytes", 0.0) for row in record.rows), default=0.0)
-        images = f"{speed * c.episodes.ways * (c.episodes.shot + c.episodes.query):,.0f}"
-        at = (
-            f"{c.episodes.ways}-way {c.episodes.shot}-shot {c.episodes.query}-query",
-            str(c.episodes.meta_batch),
-            *(fact(record, k) for k in ("world_size", "threads", "device")),
-        )
-        rows.append((record.name, *at, f"{speed:,.1f}", images, f"{memory / 2**30:.2f} GiB" if memory else DASH))
+        peak = f"{memory / 2**30:.2f} GiB" if memory else DASH
+        if images := speed_of(record, "images"):
+            batch = str(c.pretraining.batch)
+            rows.append((record.name, "images of pretraining", batch, *machine, DASH, f"{images:,.0f}", peak))
+        if speed := speed_of(record):
+            size = f"{c.episodes.ways}-way {c.episodes.shot}-shot {c.episodes.query}-query"
+            of_episodes = f"{speed * c.episodes.ways * (c.episodes.shot + c.episodes.query):,.0f}"
+            batch = str(c.episodes.meta_batch)
+            rows.append((record.name, size, batch, *machine, f"{speed:,.1f}", of_episodes, peak))
     header = ("run", "episodes", ">meta-batch", ">workers", ">threads per worker", "device")
     note = "Median over the training steps, without evaluations. Memory is the largest peak of one worker."
     return Table("Throughput", (*header, ">episodes/s", ">images/s", ">peak memory"), rows, note) if rows else None

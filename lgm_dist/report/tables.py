@@ -11,6 +11,8 @@ from lgm_dist.config import Config
 from lgm_dist.console import leak_note, percent
 from lgm_dist.report.records import EpisodeSet, Record, SweepRecord, attempt, number
 from lgm_dist.training.evaluation import Score
+from lgm_dist.training.tasks import in_words
+from lgm_dist.training.tasks import trained_on as counts_of
 
 DASH = "—"
 
@@ -70,8 +72,8 @@ def protocol_of(config: Config | None) -> str:
 
 
 def trained_on(record: Record) -> str:
-    """Training episodes so far."""
-    return f"{record.step * record.config.episodes.meta_batch:,} episodes" if record.config else DASH
+    """Images and episodes of the training so far."""
+    return in_words(counts_of(record.config, record.step)) if record.config else DASH
 
 
 def commit_of(record: Record) -> str:

@@ -19,7 +19,7 @@ from lgm_dist.runs.folder import FACTS, RESULT, read_result
 from lgm_dist.runs.job import Job
 from lgm_dist.runs.metrics import read_metrics
 from lgm_dist.training.evaluation import Evaluation
-from lgm_dist.training.loop import total_steps
+from lgm_dist.training.tasks import total_steps, trained_on
 from lgm_dist.training.worker import Worker
 
 
@@ -66,10 +66,7 @@ def write_result(run: Path, config: Config, test: Evaluation | None, memory: lis
         "val/ci95": best.val_ci95,
         "step": best.step,
         "train/steps": total_steps(config),
-        "train/episodes": config.episodes.steps * config.episodes.meta_batch if "episodes" in config.run.stages else 0,
-        "train/images": config.pretraining.steps * config.pretraining.batch
-        if "pretraining" in config.run.stages
-        else 0,
+        "train/episodes": trained_on(config, total_steps(config)).get("episodes", 0),
         "train/seconds": max(row["seconds"] for row in read_metrics(run)),
         "memory/peak_bytes": max(memory),
     }

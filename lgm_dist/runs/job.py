@@ -20,6 +20,7 @@ from lgm_dist.plugins import load_plugins
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.files import write_json
 from lgm_dist.runs.folder import CONFIG, lock_run, make_folder, read_config
+from lgm_dist.runs.load import load_run, start_from
 from lgm_dist.training.loop import total_steps
 
 
@@ -48,6 +49,7 @@ def make_job(config: Config) -> Job:
     manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
     bank = open_banks(config, manifest)["train"]
     config = config.replace(**{"model.channels": bank.channels, "model.base_outputs": _base_outputs(config, bank)})
+    _check_other_runs(config)
     cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
     return Job(config.to_dict(), manifest, cache, str(_claim(config, bank.digest)), threads_of(config))
@@ -58,6 +60,19 @@ def _base_outputs(config: Config, bank: ImageBank) -> int:
     if "pretraining" not in config.run.stages:
         return config.model.base_outputs
     return len(bank.classes) * config.pretraining.rotations
+
+
+def _check_other_runs(config: Config) -> None:
+    """Raise ValueError if the run that this one starts from, or its teacher, does not fit."""
+    if config.run.start:
+        start_from(config.run.start, build_model(config.model))
+    if config.pretraining.teacher and "pretraining" in config.run.stages:
+        theirs = load_run(config.pretraining.teacher).model.config.base_outputs
+        if theirs != config.model.base_outputs:
+            raise ValueError(
+                f"pretraining.teacher ({config.pretraining.teacher}) classifies {theirs} base classes, this run "
+                f"{config.model.base_outputs}; name a run with a stage pretraining on the same data set with the same rotations"
+            )
 
 
 def _check_libraries(config: Config) -> None:

@@ -69,5 +69,24 @@ def load_run(folder: str | Path) -> LoadedRun:
     return LoadedRun(chosen, model, config, state, checkpoint.image_facts(chosen))
 
 
+def start_from(folder: str | Path, model: LGMNet) -> None:
+    """Give `model` the backbone of another run, and its classifier of the base classes if both have one of the same size.
+
+    Raises ValueError if there is no checkpoint, or if its backbone does not fit.
+    """
+    theirs = load_run(folder).model
+    try:
+        model.backbone.load_state_dict(theirs.backbone.state_dict())  # type: ignore[attr-defined]
+    except RuntimeError:
+        raise ValueError(
+            f"start ({folder}) has another backbone ({theirs.config.backbone} with {theirs.config.filters} filters, norm "
+            f"{theirs.config.norm}) than this run ({model.config.backbone} with {model.config.filters}, norm "
+            f"{model.config.norm}); set model.backbone, model.filters and model.norm as there"
+        ) from None
+    if model.classifier is not None and theirs.config.base_outputs == model.config.base_outputs:
+        assert theirs.classifier is not None
+        model.classifier.load_state_dict(theirs.classifier.state_dict())
+
+
 def _in_words(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ from lgm_dist.runs import checkpoint
 from lgm_dist.runs.facts import write_facts, write_result
 from lgm_dist.runs.folder import retry_writes
 from lgm_dist.runs.job import Job
-from lgm_dist.runs.load import load_run
+from lgm_dist.runs.load import load_run, start_from
 from lgm_dist.runs.metrics import MetricsLog
 from lgm_dist.runs.stop import STOP
 from lgm_dist.training.evaluation import Evaluation
@@ -53,6 +53,8 @@ class RunRecord:
         `optimizer_at` gives the optimizer of the stage that trains at a step. Returns the steps done and the optimizer.
         """
         state, optimizer = checkpoint.restore(self._run, model, optimizer_at)
+        if not state.step and self._config.run.start:
+            start_from(self._config.run.start, model)
         if self._worker.rank == 0:
             self._log = self._write(MetricsLog, self._run, state.step)
             self._write(write_facts, self._job, self._worker, state.step)

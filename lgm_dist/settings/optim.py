@@ -17,7 +17,7 @@ class OptimConfig:
     """Learning rate of Adam."""
     lr_decay: float = setting(1 / 1.11111)
     """Factor on the learning rate after every lr_decay_steps steps."""
-    lr_decay_steps: int = setting(1500, basic=True)
+    lr_decay_steps: int = setting(1500)
     """Steps between two decays of the learning rate."""
     lr_min: float = setting(1e-6)
     """The learning rate never falls below it."""

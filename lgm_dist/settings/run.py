@@ -20,6 +20,8 @@ class RunConfig:
     """Folder of the runs. On several machines, a shared one."""
     stages: tuple[str, ...] = setting(("episodes",), not_searched="all trials train the same stages")
     """Stages of the run, one after the other: names of registered tasks."""
+    start: str = setting("", not_searched="all trials start alike")
+    """Run or checkpoint folder whose backbone, and classifier of the base classes, this run starts with (empty: random)."""
     plugins: tuple[str, ...] = setting((), resumable=True, not_searched=SWEEP)
     """Python modules to import, which register data sets, augmentations, backbones, generators, heads or tasks of your own."""
     seed: int = setting(0, basic=True)

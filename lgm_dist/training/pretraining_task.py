@@ -91,7 +91,6 @@ class Pretraining(Task):
         """Load the teacher."""
         if self.config.pretraining.teacher:
             self._teacher = load_network(self.config.pretraining.teacher).to(self.worker.device).eval()
-            self._check_teacher(self._teacher)
 
     def batch(self, step: int) -> Batch:
         """This worker's images of the step."""
@@ -150,7 +149,7 @@ class Pretraining(Task):
         half = self.config.optim.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             logits: Tensor = model(images)  # (n, base_outputs)
-        return logits.float()
+        return logits.float() if half else logits
 
     def _divergence(self, logits: Tensor, images: Tensor) -> Tensor:
         """t * t times the Kullback-Leibler divergence () from the teacher at the temperature t (Hinton et al., 2015)."""
@@ -165,11 +164,3 @@ class Pretraining(Task):
         alpha, seed = self.config.pretraining.mixup, self.config.run.seed
         random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, Purpose.MIXUP]))
         return float(random.beta(alpha, alpha)), int(random.integers(1, max(self.meta_batch, 2)))
-
-    def _check_teacher(self, teacher: LGMNet) -> None:
-        theirs, ours = teacher.config.base_outputs, self.config.model.base_outputs
-        if theirs != ours:
-            raise ValueError(
-                f"pretraining.teacher ({self.config.pretraining.teacher}) classifies {theirs} base classes, this run {ours}; "
-                "name a run with a stage pretraining on the same data set with the same rotations"
-            )

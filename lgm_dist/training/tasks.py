@@ -153,6 +153,20 @@ def stage_of(config: Config, step: int) -> int:
     return sum(step > stage.last for stage in make_stages(config, {}, Worker()))
 
 
+def trained_on(config: Config, step: int) -> dict[str, int]:
+    """Items of the first `step` steps of the run by their unit, such as {"images": 1280, "episodes": 320}."""
+    counts: dict[str, int] = {}
+    for stage in make_stages(config, {}, Worker()):
+        steps = min(max(step - stage.first, 0), stage.task.steps)
+        counts[stage.task.unit] = counts.get(stage.task.unit, 0) + steps * stage.task.meta_batch
+    return counts
+
+
+def in_words(counts: dict[str, int]) -> str:
+    """Counts by unit in words: "1,280 images, 320 episodes"."""
+    return ", ".join(f"{count:,} {unit}" for unit, count in counts.items() if count) or f"0 {next(iter(counts))}"
+
+
 def total_steps(config: Config) -> int:
     """Optimizer steps of all stages."""
     return make_stages(config, {}, Worker())[-1].last
