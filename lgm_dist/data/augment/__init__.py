@@ -116,8 +116,9 @@ def augmentations_of(config: Config, split: Split) -> tuple[type[Augmentation], 
 def exact_mean(pixels: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Mean over dimensions of pixels on the 0 to 255 scale, each rounded to 1/4096: float32.
 
-    The bits depend on nothing but the pixels. torch.mean adds in an order that depends on the size of the batch and on the
-    device; here the sums are whole numbers below 2**53, which float64 adds without an error in any order.
+    The bits depend on nothing but the pixels. The order in which torch.mean adds depends on the batch (threads share the sum of
+    one large image, but not those of many) and on the device. The sums here are of whole numbers and stay below 2**53, so
+    float64 adds without an error in any order.
     """
     total = (pixels * 4096.0).round_().sum(dim, dtype=torch.float64)
     return (total / (4096.0 * (pixels.numel() // total.numel()))).float()

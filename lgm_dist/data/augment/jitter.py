@@ -45,7 +45,7 @@ class Jitter(Augmentation):
 def _blend(x: Tensor, other: Tensor, factor: Tensor) -> None:
     """x (C, n, H*W) becomes factor * x + (1 - factor) * other, clamped, in place; others broadcast.
 
-    Without torch.lerp and the like: their last bit depends on an element's place in memory.
+    One operation at a time: in torch.lerp and the like a GPU may round once where a CPU rounds twice.
     """
     x.mul_(factor).add_((1.0 - factor) * other).clamp_(0.0, 255.0)
 

@@ -43,5 +43,5 @@ def _resample(lines: Tensor, start: Tensor, size: Tensor) -> Tensor:
     number = torch.stack([lower, (lower + 1).clamp(max=length - 1)]).long()  # (2, n, L)
     number += torch.arange(n, device=lines.device)[:, None] * length
     before, after = lines.reshape(n * length, -1).index_select(0, number.flatten()).chunk(2)  # (n*L, M*C) each
-    # Not torch.lerp, whose last bit depends on an element's place in memory.
+    # Not torch.lerp, in which a GPU may round once where a CPU rounds twice.
     return (after - before).mul_((place - lower).view(-1, 1)).add_(before).view(lines.shape)  # (n, L, M, C)
