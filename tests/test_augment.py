@@ -142,7 +142,7 @@ def test_augmentations_that_cannot_be_used_are_explained() -> None:
     for names, sentence in (
         (
             ("mirror",),
-            r"augmentations \('mirror'\) must be one of flip_shift, .*rotation; to use your own",
+            r"augmentations \('mirror'\) must be one of crop, .*flip_shift, .*rotation; to use your own",
         ),
         (("rotation",), r"augmentations \('rotation'\) changes all images of a class alike and so leaks the label"),
         (("invert", "flip_shift", "invert"), "augmentations names 'invert' twice"),

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from lgm_dist.config import Split
-from lgm_dist.data.philox import Philox, Purpose, RandomWords, bounded, choose, normals
+from lgm_dist.data.philox import Philox, Purpose, RandomWords, bounded, choose, normals, uniform
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -89,6 +90,16 @@ def test_bounded() -> None:
     words = draws(0, "train", Purpose.TARGET, range(1000), 70)
     counts = np.bincount(bounded(words, 7).numpy().ravel(), minlength=7)
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 6 + 5 * math.sqrt(12)
+
+
+def test_uniform() -> None:
+    edges = torch.tensor([0, 255, 256, 2**31, 2**32 - 1])
+    assert uniform(edges).tolist() == [0, 0, 2**-24, 0.5, 1 - 2**-24]
+    assert uniform(edges, -3, 5)[[0, 3]].tolist() == [-3, 1]
+    assert uniform(edges).dtype == torch.float32
+    drawn = uniform(draws(0, "train", Purpose.JITTER, range(1000), 70), 0.6, 1.4).flatten()
+    # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded by chance once in 1,000 times
+    assert stats.kstest(drawn, stats.uniform(0.6, 0.8).cdf).statistic < 1.95 / math.sqrt(70_000)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -34,6 +34,11 @@ class Purpose(IntEnum):
     ROTATION = 3
     FLIP_SHIFT = 4
     NOISE = 5
+    CROP = 6
+    FLIP = 7
+    JITTER = 8
+    RESIZED_CROP = 9
+    ERASE = 10
     ORDER = 11
     MIXUP = 12
 
@@ -98,6 +103,11 @@ class RandomWords:
 def bounded(words: Tensor, n: int | Tensor) -> Tensor:
     """Whole numbers in 0 to n - 1, uniform up to a bias of n / 2**32, by multiply and shift; n broadcasts with words."""
     return words * n >> 32
+
+
+def uniform(words: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Real numbers from low to high: low plus one of 2**24 equally likely steps, float32, the same bits on all devices."""
+    return (words >> 8).float() * 2.0**-24 * (high - low) + low
 
 
 def choose(words: Tensor, sizes: Tensor) -> Tensor:

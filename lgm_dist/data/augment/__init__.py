@@ -1,4 +1,4 @@
-"""Augmentations of the images of an episode, one file each. `register_augmentation` adds one from outside the package.
+"""Augmentations of training images, one file each. `register_augmentation` adds one from outside the package.
 
 @register_augmentation("invert")
 class Invert(Augmentation):
@@ -31,7 +31,8 @@ class Augmentation(ABC):
     """A random change of images. The same object serves CPU and GPU: `draw` and `apply` work on the device of their arguments.
 
     `apply` gives an image the same bits whatever else is in the batch, so that an episode does not depend on how the
-    meta-batch is sliced over workers. Both methods avoid what makes a GPU wait, such as `nonzero` or `tolist`.
+    meta-batch is sliced over workers. torch.mean may not (use `exact_mean`). Both methods avoid what makes a GPU wait, such as
+    `nonzero` or `tolist`.
 
     Args:
         shape: H, W, C of the images.
@@ -110,6 +111,17 @@ def augmentations_of(config: Config, split: Split) -> tuple[type[Augmentation], 
         if episodes.augmentations.count(name) > 1:
             raise ValueError(f"augmentations names {name!r} twice; name it once")
     return tuple(AUGMENTATIONS.get(name) for name in episodes.augmentations)
+
+
+def exact_mean(pixels: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Mean over dimensions of pixels on the 0 to 255 scale, each rounded to 1/4096: float32.
+
+    The bits depend on nothing but the pixels. The order in which torch.mean adds depends on the batch (threads share the sum of
+    one large image, but not those of many) and on the device. The sums here are of whole numbers and stay below 2**53, so
+    float64 adds without an error in any order.
+    """
+    total = (pixels * 4096.0).round_().sum(dim, dtype=torch.float64)
+    return (total / (4096.0 * (pixels.numel() // total.numel()))).float()
 
 
 def all_variants(augmentation: Augmentation, images: Tensor) -> Tensor:
