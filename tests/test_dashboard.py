@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "dashboard.py"
 BASE = Config.of(data="fc100", meta_batch=10, epochs=1, steps_per_epoch=20, wandb="disabled")
 SECTIONS = ("Results", "Training curves", "Ways and shots", "Normalisation", "Throughput and scaling", "Pictures")
 ROWS = [row(10), row(20, (0.3, 0.01))]
-LOGGED = {*ROWS[-1], *BASE.flat(), "world_size"}
+LOGGED = {*ROWS[-1], *BASE.flat(), "world_size", "speed/images_per_s"}
 """The names that a run has on W&B: keys of its metrics.jsonl and of its configuration."""
 SUMMARY = {"test/accuracy", "val/accuracy.max"}
 

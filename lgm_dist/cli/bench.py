@@ -1,6 +1,6 @@
 """Measures speed and memory on this machine: `lgm-dist bench all --markdown` prints the tables of docs/performance.md.
 
-The parts step, floor, memory, growth and gpu need torch and numpy alone; `all` is every part but gpu.
+The parts step, floor, pretraining, memory, growth and gpu need torch and numpy alone; `all` is every part but gpu.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ def _floor(flags: argparse.Namespace) -> Iterator[Section]:
     yield network.floor(4 * flags.rounds + 1)
 
 
+def _pretraining(flags: argparse.Namespace) -> Iterator[Section]:
+    from lgm_dist.bench.pretraining import pretraining
+
+    yield pretraining(2 * flags.rounds + 1)
+
+
 def _memory(_: argparse.Namespace) -> Iterator[Section]:
     from lgm_dist.bench import network
 
@@ -125,6 +131,7 @@ PARTS: dict[str, Part] = {
     "data": _data,
     "step": _step,
     "floor": _floor,
+    "pretraining": _pretraining,
     "memory": _memory,
     "growth": _growth,
     "evaluation": _evaluation,

@@ -187,6 +187,7 @@ def _normalisation() -> list[Any]:
 def _speed() -> list[Any]:
     return [
         _line("Episodes/s", "speed/episodes_per_s"),
+        _line("Images/s of pretraining", "speed/images_per_s"),
         wr.BarPlot(title="Episodes/s by workers", metrics=["speed/episodes_per_s"], **_grouped("world_size")),
         _line("Peak memory (bytes)", "memory/peak_bytes"),
     ]
