@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.heads import ClassMeans, Cosine
+from lgm_dist.model.heads.class_means import ClassMeans
+from lgm_dist.model.heads.cosine import Cosine
 
 COSINE = Cosine(ModelConfig(), 3)
 Vector = list[float]

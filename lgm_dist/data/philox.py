@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     ROTATION = 3
     FLIP_SHIFT = 4
     NOISE = 5
+    COPIES = 32
 
 
 FIRST_FREE_PURPOSE = 1000
