@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from lgm_dist import checks
-from lgm_dist.config import SETTINGS, Config, Split, find_setting, marked
+from lgm_dist.config import SETTINGS, Config, find_setting, marked
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_rows
 from lgm_dist.model import LGMNet
@@ -51,73 +51,80 @@ class Row:
     def differences(self, first: Row) -> list[Score]:
         """Accuracy minus that of `first`, paired by episode, of each cell."""
         pairs = zip(self.evaluations, first.evaluations, strict=True)
-        return [Score.of(_accuracies(ours) - _accuracies(theirs)) for ours, theirs in pairs]
+        return [Score.of(_of_episodes(ours) - _of_episodes(theirs)) for ours, theirs in pairs]
 
-
-def _accuracies(evaluation: Evaluation) -> Any:
-    return next(iter(evaluation.accuracies.values()))
-
-
-def read_settings(words: str) -> Settings:
-    """The settings of words such as "model.pool=2 eval_flips=true". Raises ValueError for one that cannot be compared."""
-    found: dict[str, Any] = {}
-    for word in words.split():
-        name, _, text = word.partition("=")
-        if find_setting(name) and name not in marked("compared"):
-            raise ValueError(
-                f"compare ({word!r}) cannot change {name}; it can change {', '.join(n for n in SETTINGS if n in marked('compared'))}"
-            )
-        found[name] = _read(name, text)
-    return found
-
-
-def _read(name: str, text: str) -> Any:
-    """`text` as the type of the setting."""
-    default = find_setting(name).default
-    try:
-        value = {"true": True, "false": False}[text] if type(default) is bool else type(default)(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"compare: {name} ({text!r}) must be of type {type(default).__name__}") from None
-    return checks.typed(name, value, default)
+    def __str__(self) -> str:
+        words = (f"{name}={str(value).lower()}" for name, value in self.settings.items())
+        return " ".join(words) or "as trained"
 
 
 def compare(
     model: LGMNet,
-    banks: Mapping[Split, ImageBank],
+    bank: ImageBank,
+    base: ImageBank,
     cells: Sequence[Config],
     rows: Sequence[Settings],
-    split: Split,
     episodes: int,
+    draws: int | None = None,
     worker: Worker | None = None,
 ) -> list[Row]:
-    """Evaluate a network as it is, and with the settings of each of `rows`, on the first episodes of a split.
+    """Evaluate a network as it is, and with the settings of each of `rows`, on the first episodes of a bank's split.
 
     The backbone embeds each view of an image once for all rows and cells.
 
     Args:
         model: The network, in evaluation mode, on the worker's device.
-        banks: The bank of `split`, and the train split's for the statistics of the base classes.
-        cells: Configurations of protocol standard that differ in ways and shots.
+        bank: The images of the episodes.
+        base: The images of the base classes, for the statistics that heads need.
+        cells: Configurations that differ in ways and shots.
         rows: Settings that are marked `compared`.
-        split: train, val or test.
         episodes: How many episodes, at least 2.
+        draws: Noise draws of the generated weights, as for `evaluate`.
         worker: This process among those that evaluate together; None for one process.
 
-    Raises ValueError for settings that do not fit the network.
+    Raises ValueError for protocol paper and for settings that do not fit the network.
     """
-    worker, bank = worker or Worker(), banks[split]
-    variants = [(settings, _variant(model, settings)) for settings in ({}, *rows)]  # all are checked before any is evaluated
-    drawn = [draw_rows(bank, cell, split, 0, episodes) for cell in cells]
-    used = np.concatenate([np.unique(part) for draw in drawn for part in draw[:2]])  # (n,)
+    if any(cell.episodes.protocol == "paper" for cell in cells):
+        raise ValueError("compare needs protocol standard, whose images are the same in all episodes; add --protocol standard")
+    worker = worker or Worker()
+    variants = [(settings, _variant(model, settings)) for settings in ({}, *rows)]  # all, before the first takes its time
+    drawn = [draw_rows(bank, cell, bank.split, 0, episodes) for cell in cells]
+    used = np.concatenate([np.unique(part) for draw in drawn for part in (draw.support, draw.query)])  # (n,)
     maps = KeptMaps(model, bank, cells[0], used, worker)
-    base = KeptMaps(model, banks["train"], cells[0], base_images(banks["train"])[0], worker)
+    base_maps = KeptMaps(model, base, cells[0], base_images(base)[0], worker)
     found = []
     for settings, variant in variants:
         configs = [cell.replace(**settings) for cell in cells]
-        fit_head(variant, banks["train"], configs[0], worker, maps=base)
-        evaluations = (evaluate(variant, bank, config, split, episodes, 0, worker, maps) for config in configs)
+        if settings:
+            fit_head(variant, base, configs[0], worker, maps=base_maps)
+        evaluations = [evaluate(variant, bank, c, bank.split, episodes, draws, worker, maps) for c in configs]
         found.append(Row(settings, tuple(evaluations)))
     return found
+
+
+def rows_of(texts: Sequence[str]) -> list[Settings]:
+    """The rows of `--compare`: "heads", or settings as in "model.pool=2 eval_flips=true".
+
+    Raises ValueError for a setting that a comparison cannot change, or a value of another type.
+    """
+    return [row for text in texts for row in (HEADS if text == "heads" else [_settings_of(text)])]
+
+
+def _settings_of(text: str) -> Settings:
+    pairs = [word.partition("=")[::2] for word in text.split()]
+    return {name: _value_of(name, value) for name, value in pairs}
+
+
+def _value_of(name: str, text: str) -> Any:
+    """`text` as the type of the setting of this name."""
+    expected, known = type(find_setting(name).default), [n for n in SETTINGS if n in marked("compared")]
+    if name not in known:
+        raise ValueError(f"compare cannot change {name}, which takes training; it changes {', '.join(known)}")
+    try:
+        return {"true": True, "false": False}[text] if expected is bool else expected(text)
+    except (KeyError, ValueError):
+        kind = "true or false" if expected is bool else f"of type {expected.__name__}"
+        raise ValueError(f"compare: {name} ({text!r}) must be {kind}; write {name}=VALUE") from None
 
 
 def _variant(model: LGMNet, settings: Settings) -> LGMNet:
@@ -126,7 +133,12 @@ def _variant(model: LGMNet, settings: Settings) -> LGMNet:
     if generator not in (model.config.generator, "none"):
         raise ValueError(
             f"compare: model.generator ({generator!r}) must be none or the network's own, {model.config.generator}; another one "
-            "would have to be trained"
+            "takes training"
         )
     config = Config(model=model.config).replace(**settings).model
     return (model.without_generator() if generator == "none" else model).with_head(config)
+
+
+def _of_episodes(evaluation: Evaluation) -> npt.NDArray[np.float64]:
+    """Accuracy of each episode (episodes,)."""
+    return next(iter(evaluation.accuracies.values()))
