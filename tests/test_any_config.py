@@ -30,6 +30,7 @@ INTEGERS = {
     **dict.fromkeys(("workers", "cpus_per_worker", "max_failures"), (0, 1, 2)),
     **dict.fromkeys(("seed", "eval_seed"), (0, 1, 2**63, 2**64 - 1)),
     "max_workers": (0, 2),
+    "eval_copies": (0, 1),
 }
 FLOATS = {
     **dict.fromkeys(("lr", "weight_decay", "lr_min"), (1e-30, 1e-6, 1e-3, 0.5, 1)),
@@ -43,6 +44,7 @@ WORDS = {
     "wandb": ("auto", "online", "offline", "disabled"),
     "name": ("", "run", "with space", "λ"),
     "augment": (True, False),
+    "eval_flips": (True, False),
 }
 MODEL = {
     **dict.fromkeys(("filters", "noise_size"), (1, 4, 8)),
@@ -53,6 +55,11 @@ MODEL = {
     "norm_decay": (0.0, 0.9, 1.0, 1),
     "norm_epsilon": (1e-12, 1e-3, 1.0),
     "weight_norm": (True, False),
+    "head": ("cosine", "class_means", "cnaps", "logistic", "ridge"),
+    "pool": (0, 1, 2),
+    "power": (0.5, 1.0),
+    "centre": (True, False),
+    "shrinkage": (0.5, 1.0),
 }
 PATHS = ("data", "data_root", "source", "cache", "storage")
 NO_PATHS = (

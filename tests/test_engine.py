@@ -346,7 +346,7 @@ def test_evaluation_against_a_loop_over_episodes(
     images_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lgm_dist.training.evaluation.IMAGES_AT_ONCE", images_at_once)
+    monkeypatch.setattr("lgm_dist.training.embedding.IMAGES_AT_ONCE", images_at_once)
     config, bank = small.replace(protocol=protocol), bank_of(small, "val")
     trained.answers.clear()
     found = evaluate(trained, bank, config, "val", 12, draws)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lgm_dist.config import Config
 from lgm_dist.model import LGMNet, load_tf_variables
-from lgm_dist.model.heads import cosine_similarities, vectors
+from lgm_dist.model.heads.vectors import cosine_similarities
 from lgm_dist.model.tensorflow import tf_names
 from lgm_dist.training.arithmetic import arithmetic
 from lgm_dist.training.schedule import make_optimizer, set_rates
@@ -55,7 +55,7 @@ def intermediate(case, training, dtype=torch.float32):
         codes = codes.unflatten(0, (episodes, -1))  # (B, S, 2Z)
         weights = model.generator.generate(codes, CASES[case][0], noise)
         maps = model.generator.transform(features, weights)  # (B, S + 1, F, 2, 2)
-        similarities = cosine_similarities(vectors(maps[:, shots:]), vectors(maps[:, :shots]))[:, 0]  # (B, S)
+        similarities = cosine_similarities(maps[:, shots:].flatten(2), maps[:, :shots].flatten(2))[:, 0]  # (B, S)
         log_p = model.classify(features, codes, CASES[case][0], noise)[:, 0]  # (B, N)
     return {
         "embeddings[0,0]": features[0, 0].permute(1, 2, 0),

@@ -15,6 +15,7 @@ from lgm_dist.config import Config, Protocol
 from lgm_dist.console import leak_note, table
 
 if TYPE_CHECKING:
+    from lgm_dist.training.comparison import Row
     from lgm_dist.training.evaluation import Evaluation
 
 
@@ -24,8 +25,8 @@ class EvaluateFlags:
 
     run: Positional[Path]
     """Folder of the run, or one of its checkpoint folders."""
-    split: Literal["val", "test"] = "test"
-    """Classes to evaluate on."""
+    split: Literal["val", "test"] | None = None
+    """Classes to evaluate on (default: test; val with --compare, because nothing may be chosen on test classes)."""
     ways: Annotated[tuple[int, ...], arg(aliases=["-w"])] = ()
     """Ways of the episodes, one or several numbers (default: as in the run)."""
     shot: Annotated[tuple[int, ...], arg(aliases=["-s"])] = ()
@@ -38,8 +39,11 @@ class EvaluateFlags:
     """Noise draws of the generated weights; 0 fixes the noise at its mean (default: 0 for standard, 1 for paper)."""
     data: str = ""
     """Another data set, by name or manifest (default: as in the run)."""
+    compare: tuple[str, ...] = ()
+    """Other settings to evaluate on the same episodes, such as "model.pool=2 eval_flips=true" or "model.head=ridge"; one value
+    for each row of the table. heads: a list of heads with one ingredient after the other."""
     out: str = ""
-    """JSON file for the results (default: evaluation-SPLIT.json in the run's folder)."""
+    """JSON file for the results (default: evaluation-SPLIT.json, or comparison-SPLIT.json, in the run's folder)."""
     wandb: Literal["auto", "online", "offline", "disabled"] | None = None
     """Weights & Biases, where an evaluation is a separate run (default: as in the run)."""
 
@@ -54,22 +58,31 @@ def main(argv: list[str]) -> None:
     from lgm_dist.runs.checkpoint import best, load_model
     from lgm_dist.runs.files import write_json
     from lgm_dist.tracking.evaluations import log_evaluation
+    from lgm_dist.training.comparison import compare, rows_of
     from lgm_dist.training.evaluation import evaluate
 
+    rows, split = rows_of(flags.compare), flags.split or ("val" if flags.compare else "test")
     folder = flags.run if (flags.run / "state.pt").exists() else best(flags.run)
     model, trained, state = load_model(folder)
     config = trained.replace(data=flags.data or trained.data.name, test_episodes=flags.episodes, workers=0)
-    manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
-    bank = open_bank(manifest, flags.split, config.data.cache)
+    bank = open_bank(ensure_manifest(config.data.name, config.data.root, config.data.source), split, config.data.cache)
     cells = cells_of(config, flags)
     for cell in cells:
-        check_episodes(cell, flags.split, bank.name, bank.counts.tolist(), bank.classes)
-    evaluations = [evaluate(model, bank, cell, flags.split, flags.episodes, flags.draws) for cell in cells]
+        check_episodes(cell, split, bank.name, bank.counts.tolist(), bank.classes)
+    if rows:
+        data = trained.data
+        base = open_bank(ensure_manifest(data.name, data.root, data.source), "train", data.cache)
+        compared = compare(model, bank, base, cells, rows, flags.episodes, flags.draws)
+        results = [result for row in compared for result in comparison_as_json(row, compared[0])]
+        shown = comparison_table(compared)
+    else:
+        evaluations = [evaluate(model, bank, cell, split, flags.episodes, flags.draws) for cell in cells]
+        results = [as_json(evaluation) for evaluation in evaluations]
+        shown = table_of(bank.name, evaluations)
 
-    sys.stdout.write(f"{folder}, step {state.step}\n{table_of(bank.name, evaluations)}")
+    sys.stdout.write(f"{folder}, step {state.step}\n{shown}")
     sys.stdout.write(leak_note("paper" if any(cell.episodes.protocol == "paper" for cell in cells) else "standard"))
-    out = Path(flags.out or (flags.run / f"evaluation-{flags.split}.json"))
-    results = [as_json(evaluation) for evaluation in evaluations]
+    out = Path(flags.out or (flags.run / f"{'comparison' if rows else 'evaluation'}-{split}.json"))
     write_json(out, {"checkpoint": str(folder), "data": bank.name, "results": results})
     sys.stdout.write(f"written to {out}\n")
     log_evaluation(trained.replace(wandb=flags.wandb or trained.run.wandb), folder, bank.name, results)
@@ -102,3 +115,24 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     names = ("split", "protocol", "ways", "shot", "episodes", "draws")
     scores = {method: dataclasses.asdict(score) for method, score in evaluation.scores.items()}
     return {name: getattr(evaluation, name) for name in names} | {"scores": scores}
+
+
+def comparison_table(rows: Sequence[Row]) -> str:
+    """A table with a row for each set of settings: accuracy and difference to the first row, paired, for each cell."""
+    cells = [f"{e.ways}-way {e.shot}-shot" for e in rows[0].evaluations]
+    header = [name for cell in cells for name in (cell, "difference")]
+    lines = []
+    for row in rows:
+        pairs = zip(row.evaluations, row.differences(rows[0]), strict=True)
+        figures = [text for e, d in pairs for text in (str(e.score), "—" if row is rows[0] else f"{100 * d.accuracy:+.2f} ± {100 * d.ci95:.2f}")]
+        lines.append((*figures, str(row)))
+    first = rows[0].evaluations[0]
+    return f"split {first.split}, {first.episodes:,} episodes\n{table((*header, 'settings'), lines)}"
+
+
+def comparison_as_json(row: Row, first: Row) -> list[dict[str, Any]]:
+    """The evaluations of a row as plain values, each with its settings and its paired difference to the first row's."""
+    pairs = zip(row.evaluations, row.differences(first), strict=True)
+    return [
+        {"settings": str(row), **as_json(e), "difference": d.accuracy, "difference_ci95": d.ci95} for e, d in pairs
+    ]

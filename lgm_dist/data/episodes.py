@@ -231,6 +231,12 @@ def check_episodes(
     a wrong augmentation.
     """
     augmentations_of(config, split)
+    e = config.episodes
+    if e.protocol == "paper" and (e.eval_copies or e.eval_flips):
+        raise ValueError(
+            f"eval_copies ({e.eval_copies}) and eval_flips ({e.eval_flips}) need protocol standard; protocol paper is the "
+            "authors' pipeline, which has neither: leave them out"
+        )
     shape, of = config.episode(split), f"split {split} of '{name}'"
     if shape.ways > len(counts):
         raise ValueError(
@@ -238,7 +244,7 @@ def check_episodes(
         )
     smallest = min(range(len(counts)), key=counts.__getitem__)
     if (needed := shape.shot + shape.query) > counts[smallest]:
-        paper = config.episodes.protocol == "paper"
+        paper = e.protocol == "paper"
         field = "the query" if paper else "query" if split == "train" else "eval_query"
         called = f"'{class_names[smallest]}'" if class_names else str(smallest)
         raise ValueError(

@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     ERASE = 10
     ORDER = 11
     MIXUP = 12
+    COPIES = 32
 
 
 FIRST_FREE_PURPOSE = 1000

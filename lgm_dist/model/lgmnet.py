@@ -96,6 +96,22 @@ class LGMNet(nn.Module):
         generator = GENERATORS.get("none")(config, self.backbone.channels)
         return LGMNet(config, (self.backbone, generator, self.head)).train(self.training)
 
+    def with_head(self, config: ModelConfig) -> LGMNet:
+        """This network with the head that `config` names, in its settings; backbone and generator are shared, not copied.
+
+        The head takes over tensors of the same name and shape, such as a learned temperature. Raises ValueError as
+        `build_model`.
+        """
+        head = HEADS.get(config.head)(config, self.generator.channels)
+        assert isinstance(head, nn.Module)
+        assert isinstance(self.head, nn.Module)
+        ours, theirs = head.state_dict(), self.head.state_dict()
+        kept = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
+        head.load_state_dict(ours | kept)
+        head.to(next(self.parameters()).device)
+        parts = (self.backbone, self.generator, head)
+        return LGMNet(replace(config, generator=self.config.generator), parts).train(self.training)
+
     def reduce_over(self, all_reduce: AllReduce | None) -> None:
         """Take the normalisation's statistics over all workers: `all_reduce` sums a tensor over them in place."""
         for module in self.modules():

@@ -76,6 +76,16 @@ class Head(Protocol):
         """
 
 
+class Fitted(Protocol):
+    """A head, or a module of one, with statistics of the base classes, which it keeps as buffers."""
+
+    needs_statistics: bool
+    """Whether `fit` has something to find."""
+
+    def fit(self, maps: Tensor, labels: Tensor, /) -> None:
+        """Find the statistics from images of the base classes: the backbone's maps (n, F, h, w) and labels (n,) from 0 on."""
+
+
 BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone", "model.backbone", "lgm_dist.model.backbones")
 GENERATORS: Registry[Callable[..., Generator]] = Registry("generator", "model.generator", "lgm_dist.model.generators")
 HEADS: Registry[Callable[..., Head]] = Registry("head", "model.head", "lgm_dist.model.heads")

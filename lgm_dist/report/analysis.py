@@ -41,7 +41,8 @@ from lgm_dist.model import LGMNet
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.files import read_json, write_json
 from lgm_dist.training.arithmetic import arithmetic
-from lgm_dist.training.evaluation import Score, embed_images, predictions, protocol_draws
+from lgm_dist.training.embedding import embed_images
+from lgm_dist.training.evaluation import Score, predictions, protocol_draws
 from lgm_dist.training.worker import Worker
 
 ANALYSIS = "analysis.json"

@@ -64,11 +64,15 @@ class EpisodesConfig:
     """Query images of each class in evaluations. Protocol paper always has one query an episode."""
     eval_seed: int = setting(0, not_searched=TARGET)
     """Seed of the val and test episodes. It is separate from seed, so that all runs are evaluated on the same episodes."""
+    eval_copies: int = setting(0, most=1000, compared=True, not_searched=TARGET)
+    """Random copies (mirrored and shifted) of each support image in evaluations, whose maps are averaged with its own."""
+    eval_flips: bool = setting(False, compared=True, not_searched=TARGET)
+    """Average the maps of each image with those of its mirror image in evaluations."""
 
     def __post_init__(self) -> None:
         checks.positive(self, "ways", "shot", "query", "epochs", "steps_per_epoch", "meta_batch", "eval_every")
         checks.positive(self, "eval_episodes", "eval_query")
-        checks.not_negative(self, "test_episodes", "eval_ways", "eval_shot", "eval_seed")
+        checks.not_negative(self, "test_episodes", "eval_ways", "eval_shot", "eval_seed", "eval_copies")
         checks.choice(self, "protocol", get_args(Protocol))
         checks.choice(self, "noise", ("sample", "mean"))
         if self.ways < 2:

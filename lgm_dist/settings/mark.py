@@ -26,6 +26,7 @@ def setting(
     resumable: bool = False,
     costly: bool = False,
     perturbed: bool = False,
+    compared: bool = False,
     not_searched: str = "",
 ) -> Any:
     """A field of a group, with its default and what the rest of the package has to know about it.
@@ -37,7 +38,8 @@ def setting(
         resumable: A run may be resumed with another value.
         costly: Larger values make a training step slower and larger; sweeps plan their memory for the largest.
         perturbed: May differ between a checkpoint and the network that takes it over in population-based training.
+        compared: An evaluation may give it another value for any checkpoint (`lgm-dist evaluate --compare`).
         not_searched: Why a sweep cannot search over it; empty if it can.
     """
     marks = {"flag": flag, "most": most, "basic": basic, "resumable": resumable, "costly": costly}
-    return field(default=default, metadata=marks | {"perturbed": perturbed, "not_searched": not_searched})
+    return field(default=default, metadata=marks | {"perturbed": perturbed, "compared": compared, "not_searched": not_searched})

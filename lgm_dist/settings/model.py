@@ -15,11 +15,21 @@ class ModelConfig:
 
     backbone: str = setting("conv4")
     """Images to feature maps: the name of a registered backbone."""
-    generator: str = setting("lgm")
+    generator: str = setting("lgm", compared=True)
     """Support features to weights: the name of a registered generator; none switches it off."""
-    head: str = setting("cosine")
+    head: str = setting("cosine", compared=True)
     """Maps to log-probabilities: the name of a registered head. cosine: the paper's matching head. class_means: cosine to the
-    class means with a learned temperature."""
+    class means with a learned temperature. cnaps: distance to the class means by covariances of the episode. ridge: dense
+    matching of maps. logistic: a regression fitted to each episode."""
+    pool: int = setting(0, compared=True)
+    """Squares a side to which the head averages the maps (0: as they are)."""
+    power: float = setting(1.0, compared=True)
+    """Power of each value of the maps in the head, with its sign kept."""
+    centre: bool = setting(False, compared=True)
+    """The head subtracts the mean over the images of the base classes."""
+    shrinkage: float = setting(1.0, compared=True)
+    """The head whitens by the covariance within the base classes, of which this share is replaced by a multiple of the identity
+    (1: no whitening)."""
     kernels: Literal["auto", "reference"] = setting("auto", resumable=True, not_searched="it changes the speed alone")
     """auto: the fast version of an operation if the device has one. reference: plain operations only."""
     channels: int = setting(0, not_searched="it is the data's")
@@ -48,12 +58,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         checks.positive(self, "filters", "noise_size", "norm_groups")
         checks.not_negative(self, "channels", "base_outputs")
+        checks.choice(self, "pool", (0, 1, 2, 3, 4))
         checks.choice(self, "kernels", ("auto", "reference"))
         checks.choice(self, "norm", ("batch", "group", "instance", "layer"))
         checks.choice(self, "norm_scope", ("global", "worker", "episode"))
         checks.between(self, "norm_decay", 0.0, 1.0)
         if not 0 < self.norm_epsilon <= checks.LARGEST:
             raise ValueError(f"norm_epsilon ({self.norm_epsilon}) must be positive; the paper's is 1e-3")
+        if not 0 < self.power <= 4:
+            raise ValueError(f"power ({self.power}) must be above 0 and at most 4; 1 leaves the values as they are")
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"shrinkage ({self.shrinkage}) must be above 0 and at most 1, which is no whitening")
         if self.norm == "group" and self.filters % self.norm_groups:
             fix = max(groups for groups in range(1, self.norm_groups) if self.filters % groups == 0)
             raise ValueError(f"norm_groups ({self.norm_groups}) must divide filters ({self.filters}); use {fix}")

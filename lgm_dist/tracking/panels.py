@@ -37,7 +37,8 @@ def panels(run: Path, analysis: dict[str, Any], charts: bool = True) -> dict[str
 def evaluation(data: str, results: list[dict[str, Any]]) -> tuple[Any, dict[str, float]]:
     """A table of evaluations, and their accuracies for the summary.
 
-    The table has a line for each way to use the noise draws. The summary has only the protocol's own way.
+    The table has a line for each way to use the noise draws. The summary has only the protocol's own way, and of a comparison
+    only the first row.
     """
     lines: list[dict[str, Any]] = []
     cells: dict[str, float] = {}
@@ -45,7 +46,7 @@ def evaluation(data: str, results: list[dict[str, Any]]) -> tuple[Any, dict[str,
         shown = {"data": data} | {key: value for key, value in result.items() if key != "scores"}
         lines += [shown | {"noise": noise} | score for noise, score in result["scores"].items()]
         cell = f"{result['split']}/{result['protocol']}/{result['ways']}w{result['shot']}s"
-        cells |= {f"{cell}/{name}": value for name, value in next(iter(result["scores"].values())).items()}
+        cells = {f"{cell}/{name}": value for name, value in next(iter(result["scores"].values())).items()} | cells
     return _table(lines), cells
 
 

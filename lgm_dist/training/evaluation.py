@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +15,14 @@ from torch.nn import functional as F
 from lgm_dist.config import Config, Split
 from lgm_dist.console import percent
 from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.episodes import draw_noise, draw_rows, load_images, sample_episodes
+from lgm_dist.data.episodes import draw_noise, draw_rows, sample_episodes
 from lgm_dist.model import LGMNet
 from lgm_dist.training.arithmetic import arithmetic
-from lgm_dist.training.worker import Slice, Worker
+from lgm_dist.training.embedding import Maps, embed_images, pieces
+from lgm_dist.training.worker import Worker
 
 METHODS = (("mean noise",), ("single draw",), ("single draw", "vote", "mean probability"))
 """How an evaluation with 0, 1 or more noise draws decides. The single draw is the last one, as in the authors' code."""
-IMAGES_AT_ONCE = 1000
-"""Images that an evaluation embeds at once. It bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def evaluate(
     episodes: int,
     draws: int | None = None,
     worker: Worker | None = None,
+    maps: Maps | None = None,
 ) -> Evaluation:
     """Evaluate `model` on the first episodes of a split.
 
@@ -89,13 +90,14 @@ def evaluate(
         draws: Noise draws of the generated weights. 0 is the noise at its mean; None is the protocol's own number, 0 under
             standard and 1 under paper.
         worker: This process among those that evaluate together; None for one process.
+        maps: The backbone's maps of the bank's images, if they are known already (protocol standard).
     """
     worker = worker or Worker()
     draws = protocol_draws(config) if draws is None else draws
     methods, shape = METHODS[min(draws, 2)], config.episode(split)
     hits = torch.zeros(len(methods), episodes, dtype=torch.float64, device=worker.device)
     was_training = model.training
-    for first, log_p, labels in predictions(model.eval(), bank, config, split, episodes, draws, worker):
+    for first, log_p, labels in predictions(model.eval(), bank, config, split, episodes, draws, worker, maps):
         hits[:, first : first + len(labels)] = _hits(log_p, labels, draws)
     model.train(was_training)
     accuracies = dict(zip(methods, worker.sum(hits).cpu().numpy(), strict=True))
@@ -110,14 +112,22 @@ def protocol_draws(config: Config) -> int:
 
 @torch.no_grad()
 def predictions(
-    model: LGMNet, bank: ImageBank, config: Config, split: Split, episodes: int, draws: int, worker: Worker
+    model: LGMNet,
+    bank: ImageBank,
+    config: Config,
+    split: Split,
+    episodes: int,
+    draws: int,
+    worker: Worker,
+    maps: Maps | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The predictions of `model`, which is in evaluation mode, for this worker's slice of the first episodes of a split.
 
     Yields, for consecutive episodes, the number of the first, the log-probabilities (M, B, T, N) of M = max(draws, 1) noise
     draws, and the labels (B, T).
     """
-    embed = _embed_each_image_once if config.episodes.protocol == "standard" else _embed_episodes
+    standard = config.episodes.protocol == "standard"
+    embed = partial(_embed_each_image_once, maps=maps) if standard else _embed_episodes
     ways = config.episode(split).ways
     for first, features, codes, labels in embed(model, bank, config, split, episodes, worker):
         noise = draw_noise(config, split, first, len(labels), draws).to(worker.device) if draws else [None]
@@ -142,33 +152,27 @@ episodes."""
 
 
 def _embed_each_image_once(
-    model: LGMNet, bank: ImageBank, config: Config, split: Split, episodes: int, worker: Worker
+    model: LGMNet, bank: ImageBank, config: Config, split: Split, episodes: int, worker: Worker, maps: Maps | None
 ) -> Embedded:
-    """Embed each image once, by one of the workers: without augmentation it is the same in all episodes."""
+    """Embed each image once, by one of the workers: it is the same in all episodes.
+
+    With copies, an image that is a support image here and a query there has two embeddings.
+    """
+    copies, images = config.episodes.eval_copies, len(bank.images)
     everything = draw_rows(bank, config, split, 0, episodes)
-    rows = np.concatenate([everything.support, everything.query], axis=1)  # (E, S + T)
-    unique, positions = np.unique(rows, return_inverse=True)  # (n,), (E, S + T)
-    features, codes = embed_images(model, bank, config, unique, worker)  # (n, F, h, w), (n, E)
-    labels, where = torch.from_numpy(everything.labels), torch.from_numpy(positions.reshape(rows.shape))
-    for first, last in _pieces(worker.slice_of(0, episodes), rows.shape[1]):
+    keys = np.concatenate([everything.support + (images if copies else 0), everything.query], axis=1)  # (E, S + T)
+    unique, positions = np.unique(keys, return_inverse=True)  # (n,), (E, S + T)
+    plain = int(np.searchsorted(unique, images))
+    found = embed_images(model, bank, config, unique[:plain], worker, 0, maps)
+    if copies:
+        copied = embed_images(model, bank, config, unique[plain:] - images, worker, copies, maps)
+        found = torch.cat([found[0], copied[0]]), torch.cat([found[1], copied[1]])
+    features, codes = found  # (n, F, h, w), (n, E)
+    labels, where = torch.from_numpy(everything.labels), torch.from_numpy(positions.reshape(keys.shape))
+    for first, last in pieces(worker.slice_of(0, episodes), keys.shape[1]):
         index = where[first:last].to(worker.device)  # (B, S + T)
         support = codes[index[:, : everything.support.shape[1]]]  # (B, S, E)
         yield first, features[index], support, labels[first:last].to(worker.device)
-
-
-@torch.no_grad()
-def embed_images(
-    model: LGMNet, bank: ImageBank, config: Config, rows: npt.NDArray[np.int64], worker: Worker
-) -> tuple[Tensor, Tensor]:
-    """Feature maps (n, F, h, w) and codes (n, E) of the bank's rows (n,). Each worker embeds its share of them.
-
-    `model` is in evaluation mode. The images are not augmented.
-    """
-    f, c = model.embed(load_images(bank, config, rows[:1]).to(worker.device))  # gives the shapes
-    features, codes = f.new_zeros(len(rows), *f.shape[1:]), c.new_zeros(len(rows), c.shape[1])
-    for i, j in _pieces(worker.slice_of(0, len(rows)), 1):
-        features[i:j], codes[i:j] = model.embed(load_images(bank, config, rows[i:j]).to(worker.device))
-    return worker.sum(features), worker.sum(codes)
 
 
 def _embed_episodes(
@@ -177,16 +181,8 @@ def _embed_episodes(
     """Embed the images of each episode anew: protocol paper rotates them."""
     ways, shot = config.episode(split)[:2]
     images = ways * shot + 1
-    for first, last in _pieces(worker.slice_of(0, episodes), images):
+    for first, last in pieces(worker.slice_of(0, episodes), images):
         batch = sample_episodes(bank, config, split, first, last - first).to(worker.device)
         both = torch.cat([batch.support, batch.query], dim=1)  # (B, S + T, C, H, W)
         features, codes = (x.unflatten(0, (last - first, images)) for x in model.embed(both.flatten(0, 1)))
         yield first, features, codes[:, : images - 1], batch.labels  # (B, S + T, F, h, w), (B, S, E), (B, T)
-
-
-def _pieces(span: Slice, images: int) -> Iterator[tuple[int, int]]:
-    """Cut a range (start, count) of items of `images` images each into parts [first, last) of about IMAGES_AT_ONCE images."""
-    start, count = span[:2]
-    size = max(IMAGES_AT_ONCE // images, 1)
-    for first in range(start, start + count, size):
-        yield first, min(first + size, start + count)

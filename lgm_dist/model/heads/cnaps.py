@@ -1,0 +1,56 @@
+"""Distances to class means by the covariances of the episode (Bateni et al., "Improved few-shot visual classification", CVPR
+2020: Simple CNAPS).
+
+Shape legend: B episodes, N ways, K shots, S = N * K support images (class-major), T query images, D values of a vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lgm_dist.config import ModelConfig
+from lgm_dist.model.heads.vectors import Vectors, unit
+from lgm_dist.model.parts import register_head
+
+RIDGE = 1.0
+"""Share of the identity in each covariance, relative to its mean eigenvalue."""
+
+
+@register_head("cnaps")
+class Cnaps(nn.Module):
+    """Softmax of minus half the squared Mahalanobis distances to the class means.
+
+    The covariance of class k is K / (K + 1) S_k + 1 / (K + 1) S + I, with S_k that of its support images and S that of all.
+    After whitening (`model.shrinkage`) the identity stands for the covariance within the base classes.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int) -> None:
+        super().__init__()
+        self.vectors = Vectors(config, channels)
+
+    def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
+        """support (B, S, G, h, w), query (B, T, G, h, w) -> log-probabilities (B, T, N)."""
+        s, q = unit(self.vectors(support)), unit(self.vectors(query))  # (B, S, D), (B, T, D)
+        with torch.autocast(s.device.type, enabled=False):
+            return (-_distances(s, q, ways) / 2).log_softmax(-1)  # (B, T, N)
+
+
+def _distances(s: Tensor, q: Tensor, ways: int) -> Tensor:
+    """Squared Mahalanobis distances (B, T, N) of queries (B, T, D) to the means of the classes of s (B, S, D).
+
+    A covariance I + A A', A (D, S + K), has the inverse I - A (I + A' A)^-1 A' (Woodbury), so no D x D matrix is needed.
+    """
+    images, shot = s.shape[1], s.shape[1] // ways
+    share = shot / (shot + 1)
+    classes = s.unflatten(1, (ways, shot))  # (B, N, K, D)
+    means = classes.mean(2)  # (B, N, D)
+    own = (classes - means[:, :, None]) * (share / max(shot - 1, 1)) ** 0.5  # (B, N, K, D)
+    all_images = (s - s.mean(1, keepdim=True)) * ((1 - share) / (images - 1)) ** 0.5  # (B, S, D)
+    a = torch.cat([own, all_images[:, None].expand(-1, ways, -1, -1)], dim=2)  # (B, N, K + S, D)
+    rest = q[:, None] - means[:, :, None]  # (B, N, T, D)
+    inner = a @ a.transpose(2, 3) + torch.eye(a.shape[2], dtype=a.dtype, device=a.device)  # (B, N, K + S, K + S)
+    along = torch.linalg.solve_triangular(
+        torch.linalg.cholesky_ex(inner).L, a @ rest.transpose(2, 3), upper=False
+    )  # (B, N, K + S, T)
+    return (rest.square().sum(3) - along.square().sum(2)).transpose(1, 2)  # (B, T, N)

@@ -1,0 +1,119 @@
+"""The vectors of an image that a head compares: its maps, pooled, to a power, centred and whitened as the settings say.
+
+Shape legend: B episodes, n images, G channels of a map, h x w its size, p x p its size after pooling, D values of a vector:
+G * p * p, or G for a vector of each place. D' = D without pooling.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lgm_dist.config import ModelConfig
+
+_TINY = 1e-12
+
+
+class Vectors(nn.Module):
+    """Maps -> vectors: pooling, power, centring, whitening, each as `config` asks for it; none of them by default.
+
+    Centring subtracts the mean over the base classes' images. Whitening multiplies by the inverse square root of
+    (1 - s) C + s t I, with s = config.shrinkage, C the covariance within the base classes and t = trace(C) / D, and by the root
+    of t. Both need `fit`; before it they change nothing. What `fit` finds belongs to the state_dict.
+
+    Args:
+        places: Give a vector (G,) for each place of a map instead of one (D,) for the image.
+
+    Raises ValueError for statistics of maps whose size is not known.
+    """
+
+    mean: Tensor
+    """(D,): over the images of the base classes."""
+    whitening: Tensor
+    """(D, D), lower triangular."""
+
+    def __init__(self, config: ModelConfig, channels: int, *, places: bool = False) -> None:
+        super().__init__()
+        self.pool, self.power, self.shrinkage, self.places = config.pool, config.power, config.shrinkage, places
+        self.centred, self.whitened = config.centre, config.shrinkage < 1
+        if self.needs_statistics and not (config.pool or places):
+            raise ValueError(
+                f"model.pool (0) must be 1, 2, 3 or 4 for model.centre ({config.centre}) or model.shrinkage "
+                f"({config.shrinkage}), whose statistics need maps of a known size; use --model.pool 2"
+            )
+        size = channels if places else channels * config.pool**2
+        if self.centred:
+            self.register_buffer("mean", torch.zeros(size))
+        if self.whitened:
+            self.register_buffer("whitening", torch.eye(size))
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether `fit` has something to find."""
+        return self.centred or self.whitened
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps (B, n, G, h, w) -> (B, n, D), or (B, n, p * p, G) for vectors of places; bfloat16 becomes float32."""
+        x = self._powered(maps)
+        if self.centred:
+            x = x - self.mean
+        if self.whitened:
+            with torch.autocast(x.device.type, enabled=False):
+                x = x @ self.whitening.T
+        return x
+
+    @torch.no_grad()
+    def fit(self, maps: Tensor, labels: Tensor) -> None:
+        """Find mean and whitening from images of the base classes: maps (n, G, h, w) and labels (n,) from 0 on."""
+        x = self._powered(maps[None])[0].double()  # (n, D) or (n, p * p, G)
+        if self.places:
+            labels = labels.repeat_interleave(x.shape[1])  # (n * p * p,)
+            x = x.flatten(0, 1)  # (n * p * p, G)
+        if self.centred:
+            self.mean.copy_(x.mean(0))
+        if self.whitened:
+            self.whitening.copy_(_whitening(covariance_within(x, labels), self.shrinkage))
+
+    def _powered(self, maps: Tensor) -> Tensor:
+        """The vectors before centring."""
+        x = maps.float() if maps.dtype == torch.bfloat16 else maps
+        if self.pool:
+            x = F.adaptive_avg_pool2d(x.flatten(0, 1), self.pool).unflatten(0, x.shape[:2])  # (B, n, G, p, p)
+        x = x.flatten(3).transpose(2, 3) if self.places else x.flatten(2)  # (B, n, p * p, G) or (B, n, D)
+        if self.power != 1:
+            x = x.sign() * x.abs().clamp_min(_TINY).pow(self.power)  # the root's gradient at 0 is infinite
+        return x
+
+
+def covariance_within(x: Tensor, labels: Tensor) -> Tensor:
+    """Vectors (n, D) and their classes (n,) -> the pooled covariance within the classes (D, D)."""
+    counts = labels.bincount()  # (classes,)
+    sums = x.new_zeros(len(counts), x.shape[1]).index_add_(0, labels, x)  # (classes, D)
+    rest = x - (sums / counts.clamp_min(1)[:, None])[labels]  # (n, D)
+    return rest.T @ rest / max(len(x) - int((counts > 0).sum()), 1)  # (D, D)
+
+
+def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
+    """The inverse of the Cholesky factor of the shrunk covariance, relative to its mean eigenvalue: (D, D) -> (D, D)."""
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    relative = covariance / covariance.diagonal().mean().clamp_min(_TINY)  # (D, D)
+    factor = torch.linalg.cholesky((1 - shrinkage) * relative + shrinkage * identity)  # (D, D)
+    return torch.linalg.solve_triangular(factor, identity, upper=False)  # (D, D)
+
+
+def cosine_similarities(query: Tensor, others: Tensor) -> Tensor:
+    """query (B, T, D), others (B, n, D) -> (B, T, n) in [-1, 1]; 0 for a vector of zeros.
+
+    In full precision, also under autocast and with tf32: similarities differ by less than bfloat16 or tf32 resolve.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query, others = unit(query), unit(others)
+        if query.is_cuda:
+            return (query.double() @ others.double().transpose(1, 2)).to(query.dtype)  # (B, T, n)
+        return query @ others.transpose(1, 2)  # (B, T, n)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Each vector of the last dimension, divided by its L2 norm; zeros stay zeros."""
+    return x * x.square().sum(-1, keepdim=True).clamp_min(_TINY).rsqrt()

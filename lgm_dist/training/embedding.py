@@ -1,0 +1,108 @@
+"""Feature maps of the images of a bank: each image is embedded once, and its maps are averaged over views of it.
+
+Shape legend: n images, F channels of feature maps, h x w their size, E length of a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lgm_dist.config import Config
+from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.views import IMAGE, MIRRORED, load_view
+from lgm_dist.model import LGMNet
+from lgm_dist.training.worker import Slice, Worker
+
+IMAGES_AT_ONCE = 1000
+"""Images that an evaluation embeds at once. It bounds the memory."""
+
+Index = npt.NDArray[np.int64]
+Views = tuple[int, ...]
+Maps = Callable[[Index, int, bool], Tensor]
+"""Rows of a bank (n,), number of copies, whether to mirror -> the backbone's maps (n, F, h, w), averaged over these views."""
+
+
+@torch.no_grad()
+def embed_images(
+    model: LGMNet,
+    bank: ImageBank,
+    config: Config,
+    rows: Index,
+    worker: Worker,
+    copies: int = 0,
+    maps: Maps | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Feature maps (n, F, h, w) and codes (n, E) of the bank's rows (n,). Each worker embeds its share of them.
+
+    `model` is in evaluation mode. Maps are averaged over the image, its mirror image if config.episodes.eval_flips, and
+    `copies` random copies of it; codes are those of the averaged maps. `maps` gives the maps if they are known.
+    """
+    flips = config.episodes.eval_flips
+    if maps is None and not (copies or flips):
+        f, c = model.embed(_load(bank, config, rows[:1], IMAGE, worker))  # gives the shapes
+        features, codes = f.new_zeros(len(rows), *f.shape[1:]), c.new_zeros(len(rows), c.shape[1])
+        for i, j in pieces(worker.slice_of(0, len(rows)), 1):
+            features[i:j], codes[i:j] = model.embed(_load(bank, config, rows[i:j], IMAGE, worker))
+        return worker.sum(features), worker.sum(codes)
+    features = (maps or KeptMaps(model, bank, config, rows, worker))(rows, copies, flips)  # (n, F, h, w)
+    return features, torch.cat([model.generator.encode(piece, 1) for piece in features.split(IMAGES_AT_ONCE)])
+
+
+class KeptMaps:
+    """Maps of some rows of a bank under one backbone; no view of an image is embedded twice.
+
+    Args:
+        model: A network in evaluation mode. Its generator and head are not used.
+        bank: The images.
+        config: Gives the normalisation and the seed of the copies.
+        rows: All rows that will be asked for.
+        worker: This process among those that ask together.
+    """
+
+    def __init__(self, model: LGMNet, bank: ImageBank, config: Config, rows: Index, worker: Worker) -> None:
+        self._model, self._bank, self._config, self._worker = model.without_generator(), bank, config, worker
+        self._rows = np.unique(rows)  # (m,)
+        self._sums: dict[Views, Tensor] = {}
+
+    def __call__(self, rows: Index, copies: int, flips: bool) -> Tensor:
+        """See `Maps`."""
+        groups: list[Views] = [(IMAGE,), (MIRRORED,) * flips, tuple(range(1, copies + 1))]
+        sums = [self._sum(views) for views in groups if views]  # each (m, F, h, w)
+        where = torch.from_numpy(np.searchsorted(self._rows, rows)).to(self._worker.device)  # (n,)
+        return sum(sums[1:], sums[0])[where] / sum(map(len, groups))  # (n, F, h, w)
+
+    @torch.no_grad()
+    def _sum(self, views: Views) -> Tensor:
+        """The sum over views of all rows (m, F, h, w)."""
+        if views not in self._sums:
+            self._sums[views] = self._worker.sum(self._own_sum(views))
+        return self._sums[views]
+
+    def _own_sum(self, views: Views) -> Tensor:
+        """The same for this worker's share of the rows; zeros for the others."""
+        one = self._embed(slice(0, 1), views[0])  # gives the shape
+        total = one.new_zeros(len(self._rows), *one.shape[1:])  # (m, F, h, w)
+        for i, j in pieces(self._worker.slice_of(0, len(self._rows)), 1):
+            for view in views:
+                total[i:j] += self._embed(slice(i, j), view)
+        return total
+
+    def _embed(self, place: slice, view: int) -> Tensor:
+        return self._model.embed(_load(self._bank, self._config, self._rows[place], view, self._worker))[0]
+
+
+def pieces(span: Slice, images: int) -> Iterator[tuple[int, int]]:
+    """Cut a range (start, count) of items of `images` images each into parts [first, last) of about IMAGES_AT_ONCE images."""
+    start, count = span[:2]
+    size = max(IMAGES_AT_ONCE // images, 1)
+    for first in range(start, start + count, size):
+        yield first, min(first + size, start + count)
+
+
+def _load(bank: ImageBank, config: Config, rows: Index, view: int, worker: Worker) -> Tensor:
+    return load_view(bank, config, torch.from_numpy(rows), view).to(worker.device)
