@@ -33,7 +33,9 @@ def network(small: Config) -> LGMNet:
 
 
 def test_words_become_settings_of_their_types() -> None:
-    rows = rows_of(["model.pool=2 model.power=0.5 eval_flips=true model.centre=false", "model.head=ridge eval_copies=5"])
+    rows = rows_of(
+        ["model.pool=2 model.power=0.5 eval_flips=true model.centre=false", "model.head=ridge eval_copies=5"]
+    )
     assert rows == [
         {"model.pool": 2, "model.power": 0.5, "eval_flips": True, "model.centre": False},
         {"model.head": "ridge", "eval_copies": 5},
@@ -72,7 +74,7 @@ def test_settings_that_do_not_fit_are_refused(
 
 
 def test_protocol_paper_is_refused(small: Config, banks: tuple[ImageBank, ImageBank]) -> None:
-    with pytest.raises(ValueError, match="^compare needs protocol standard.*; add --protocol standard$"):
+    with pytest.raises(ValueError, match=r"^compare needs protocol standard.*; add --protocol standard$"):
         compare(network(small), *banks, [small.replace(protocol="paper")], [{}], 4)
 
 
@@ -91,7 +93,9 @@ def test_each_row_is_an_evaluation_of_its_own(small: Config, banks: tuple[ImageB
             by_hand = evaluate(other, banks[0], cell.replace(**row.settings), "val", 12)
             assert (evaluation.ways, evaluation.shot) == cell.episode("val")[:2]
             np.testing.assert_allclose(evaluation.accuracies["mean noise"], by_hand.accuracies["mean noise"], atol=0.12)
-            assert evaluation.score.accuracy == pytest.approx(by_hand.score.accuracy, abs=0.02), "rounding of close calls"
+            assert evaluation.score.accuracy == pytest.approx(by_hand.score.accuracy, abs=0.02), (
+                "rounding of close calls"
+            )
     assert model.config == small.model
 
 

@@ -183,9 +183,13 @@ def fail(*_: Any) -> Tensor:
     raise AssertionError
 
 
-def test_statistics_before_a_generator_that_changes_the_size_of_maps_are_refused(small: Config, base: ImageBank) -> None:
+def test_statistics_before_a_generator_that_changes_the_size_of_maps_are_refused(
+    small: Config, base: ImageBank
+) -> None:
     model = network(small, **CENTRED | {"generator": "lgm"})
-    with pytest.raises(ValueError, match=r"^model\.generator \('lgm'\) changes the size of the maps from \(8, 2, 2\) to "):
+    with pytest.raises(
+        ValueError, match=r"^model\.generator \('lgm'\) changes the size of the maps from \(8, 2, 2\) to "
+    ):
         fit_head(model, base, small)
 
 

@@ -124,7 +124,8 @@ def comparison_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         pairs = zip(row.evaluations, row.differences(rows[0]), strict=True)
-        figures = [text for e, d in pairs for text in (str(e.score), "—" if row is rows[0] else f"{100 * d.accuracy:+.2f} ± {100 * d.ci95:.2f}")]
+        against = [(str(e.score), f"{100 * d.accuracy:+.2f} ± {100 * d.ci95:.2f}") for e, d in pairs]
+        figures = [text for accuracy, d in against for text in (accuracy, "—" if row is rows[0] else d)]
         lines.append((*figures, str(row)))
     first = rows[0].evaluations[0]
     return f"split {first.split}, {first.episodes:,} episodes\n{table((*header, 'settings'), lines)}"
@@ -133,6 +134,4 @@ def comparison_table(rows: Sequence[Row]) -> str:
 def comparison_as_json(row: Row, first: Row) -> list[dict[str, Any]]:
     """The evaluations of a row as plain values, each with its settings and its paired difference to the first row's."""
     pairs = zip(row.evaluations, row.differences(first), strict=True)
-    return [
-        {"settings": str(row), **as_json(e), "difference": d.accuracy, "difference_ci95": d.ci95} for e, d in pairs
-    ]
+    return [{"settings": str(row), **as_json(e), "difference": d.accuracy, "difference_ci95": d.ci95} for e, d in pairs]

@@ -93,23 +93,31 @@ class LGMNet(nn.Module):
         For evaluation: the difference between the two, over the same episodes, is what the generated weights add.
         """
         config = replace(self.config, generator="none")
-        generator = GENERATORS.get("none")(config, self.backbone.channels)
+        generator = GENERATORS.get("none")(config, self.backbone.channels * config.rotations)
         return LGMNet(config, (self.backbone, generator, self.head)).train(self.training)
 
     def with_head(self, config: ModelConfig) -> LGMNet:
-        """This network with the head that `config` names, in its settings; backbone and generator are shared, not copied.
+        """This network with the head and the rotations that `config` names; backbone and generator are shared, not copied.
 
         The head takes over tensors of the same name and shape, such as a learned temperature. Raises ValueError as
-        `build_model`.
+        `build_model`, and for other rotations than those that the generator was built for.
         """
-        head = HEADS.get(config.head)(config, self.generator.channels)
+        generator = self.generator
+        if config.rotations != self.config.rotations:
+            if self.config.generator != "none":
+                raise ValueError(
+                    f"model.rotations ({config.rotations}) must be {self.config.rotations}, for which the generator "
+                    f"{self.config.generator!r} was trained; use model.generator none"
+                )
+            generator = GENERATORS.get("none")(config, self.backbone.channels * config.rotations)
+        head = HEADS.get(config.head)(config, generator.channels)
         assert isinstance(head, nn.Module)
         assert isinstance(self.head, nn.Module)
         ours, theirs = head.state_dict(), self.head.state_dict()
         kept = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
         head.load_state_dict(ours | kept)
         head.to(next(self.parameters()).device)
-        parts = (self.backbone, self.generator, head)
+        parts = (self.backbone, generator, head)
         return LGMNet(replace(config, generator=self.config.generator), parts).train(self.training)
 
     def reduce_over(self, all_reduce: AllReduce | None) -> None:
@@ -119,7 +127,9 @@ class LGMNet(nn.Module):
                 module.all_reduce = all_reduce
 
     def _features(self, images: Tensor, episodes: int) -> Tensor:
-        return self.backbone(images.contiguous(memory_format=torch.channels_last), episodes)
+        turned = [rotated(images, r) for r in range(self.config.rotations)]
+        maps = [self.backbone(x.contiguous(memory_format=torch.channels_last), episodes) for x in turned]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, 1)  # (n, R * F, h, w)
 
     def _check(self, support: Tensor, query: Tensor, ways: int, noise: Tensor | None) -> None:
         if support.ndim != 5 or query.ndim != 5 or support.shape[2:] != query.shape[2:] or len(support) != len(query):
@@ -132,6 +142,11 @@ class LGMNet(nn.Module):
             raise ValueError(f"ways ({ways}) must divide the {support.shape[1]} support images of an episode")
         if noise is not None and noise.shape != (len(support), 2, self.config.noise_size):
             raise ValueError(f"noise {tuple(noise.shape)} must be {(len(support), 2, self.config.noise_size)}")
+
+
+def rotated(images: Tensor, turns: int) -> Tensor:
+    """Images (n, C, H, W), square, rotated counter-clockwise by `turns` times 90 degrees."""
+    return images.rot90(turns, (2, 3)) if turns else images
 
 
 def upgrade_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,5 +163,5 @@ def _todays_name(name: str) -> str:
 
 def _build_parts(config: ModelConfig) -> Parts:
     backbone = BACKBONES.get(config.backbone)(config)
-    generator = GENERATORS.get(config.generator)(config, backbone.channels)
+    generator = GENERATORS.get(config.generator)(config, backbone.channels * config.rotations)
     return backbone, generator, HEADS.get(config.head)(config, generator.channels)

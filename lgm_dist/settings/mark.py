@@ -42,4 +42,6 @@ def setting(
         not_searched: Why a sweep cannot search over it; empty if it can.
     """
     marks = {"flag": flag, "most": most, "basic": basic, "resumable": resumable, "costly": costly}
-    return field(default=default, metadata=marks | {"perturbed": perturbed, "compared": compared, "not_searched": not_searched})
+    return field(
+        default=default, metadata=marks | {"perturbed": perturbed, "compared": compared, "not_searched": not_searched}
+    )

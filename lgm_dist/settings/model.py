@@ -21,6 +21,9 @@ class ModelConfig:
     """Maps to log-probabilities: the name of a registered head. cosine: the paper's matching head. class_means: cosine to the
     class means with a learned temperature. cnaps: distance to the class means by covariances of the episode. ridge: dense
     matching of maps. logistic: a regression fitted to each episode."""
+    rotations: int = setting(1, compared=True)
+    """4: the maps of an image are those of its four rotations by 90 degrees, one after the other, and the head gives each
+    rotation the same weight. It suits a backbone that was pretrained with rotations. 1: the maps of the image alone."""
     pool: int = setting(0, compared=True)
     """Squares a side to which the head averages the maps (0: as they are)."""
     power: float = setting(1.0, compared=True)
@@ -58,6 +61,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         checks.positive(self, "filters", "noise_size", "norm_groups")
         checks.not_negative(self, "channels", "base_outputs")
+        checks.choice(self, "rotations", (1, 4))
         checks.choice(self, "pool", (0, 1, 2, 3, 4))
         checks.choice(self, "kernels", ("auto", "reference"))
         checks.choice(self, "norm", ("batch", "group", "instance", "layer"))

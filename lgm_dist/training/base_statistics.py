@@ -49,7 +49,8 @@ def fit_head(
     rows, labels = base_images(bank, images_per_class)
     was_training = model.training
     model.eval()
-    found = (maps or KeptMaps(model, bank, config, rows, worker))(rows, 0, config.episodes.eval_flips)  # (n, F, h, w)
+    maps = maps or KeptMaps(model, bank, config, rows, worker)
+    found = maps(rows, 0, config.episodes.eval_flips, model.config.rotations)  # (n, F, h, w)
     _check(model, found)
     for module in modules:
         module.fit(found, torch.from_numpy(labels).to(found.device))

@@ -85,9 +85,13 @@ def compare(
     Raises ValueError for protocol paper and for settings that do not fit the network.
     """
     if any(cell.episodes.protocol == "paper" for cell in cells):
-        raise ValueError("compare needs protocol standard, whose images are the same in all episodes; add --protocol standard")
+        raise ValueError(
+            "compare needs protocol standard, whose images are the same in all episodes; add --protocol standard"
+        )
     worker = worker or Worker()
-    variants = [(settings, _variant(model, settings)) for settings in ({}, *rows)]  # all, before the first takes its time
+    variants = [
+        (settings, _variant(model, settings)) for settings in ({}, *rows)
+    ]  # all, before the first takes its time
     drawn = [draw_rows(bank, cell, bank.split, 0, episodes) for cell in cells]
     used = np.concatenate([np.unique(part) for draw in drawn for part in (draw.support, draw.query)])  # (n,)
     maps = KeptMaps(model, bank, cells[0], used, worker)
@@ -132,8 +136,8 @@ def _variant(model: LGMNet, settings: Settings) -> LGMNet:
     generator = settings.get("model.generator", model.config.generator)
     if generator not in (model.config.generator, "none"):
         raise ValueError(
-            f"compare: model.generator ({generator!r}) must be none or the network's own, {model.config.generator}; another one "
-            "takes training"
+            f"compare: model.generator ({generator!r}) must be none or the network's own, {model.config.generator}; another "
+            "one takes training"
         )
     config = Config(model=model.config).replace(**settings).model
     return (model.without_generator() if generator == "none" else model).with_head(config)

@@ -6,6 +6,7 @@ Shape legend: n images, F channels of feature maps, h x w their size, E length o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.views import IMAGE, MIRRORED, load_view
 from lgm_dist.model import LGMNet
+from lgm_dist.model.lgmnet import rotated
 from lgm_dist.training.worker import Slice, Worker
 
 IMAGES_AT_ONCE = 1000
@@ -23,8 +25,10 @@ IMAGES_AT_ONCE = 1000
 
 Index = npt.NDArray[np.int64]
 Views = tuple[int, ...]
-Maps = Callable[[Index, int, bool], Tensor]
-"""Rows of a bank (n,), number of copies, whether to mirror -> the backbone's maps (n, F, h, w), averaged over these views."""
+Maps = Callable[[Index, int, bool, int], Tensor]
+"""Rows of a bank (n,), number of copies, whether to mirror, number of rotations R -> the backbone's maps (n, R * F, h, w).
+
+Those of a rotation are averaged over the other views."""
 
 
 @torch.no_grad()
@@ -49,7 +53,8 @@ def embed_images(
         for i, j in pieces(worker.slice_of(0, len(rows)), 1):
             features[i:j], codes[i:j] = model.embed(_load(bank, config, rows[i:j], IMAGE, worker))
         return worker.sum(features), worker.sum(codes)
-    features = (maps or KeptMaps(model, bank, config, rows, worker))(rows, copies, flips)  # (n, F, h, w)
+    found = maps or KeptMaps(model, bank, config, rows, worker)
+    features = found(rows, copies, flips, model.config.rotations)  # (n, F, h, w)
     return features, torch.cat([model.generator.encode(piece, 1) for piece in features.split(IMAGES_AT_ONCE)])
 
 
@@ -65,35 +70,46 @@ class KeptMaps:
     """
 
     def __init__(self, model: LGMNet, bank: ImageBank, config: Config, rows: Index, worker: Worker) -> None:
-        self._model, self._bank, self._config, self._worker = model.without_generator(), bank, config, worker
+        self._model, self._bank, self._config, self._worker = _upright(model), bank, config, worker
         self._rows = np.unique(rows)  # (m,)
-        self._sums: dict[Views, Tensor] = {}
+        self._sums: dict[tuple[Views, int], Tensor] = {}
 
-    def __call__(self, rows: Index, copies: int, flips: bool) -> Tensor:
+    def __call__(self, rows: Index, copies: int, flips: bool, rotations: int) -> Tensor:
         """See `Maps`."""
         groups: list[Views] = [(IMAGE,), (MIRRORED,) * flips, tuple(range(1, copies + 1))]
-        sums = [self._sum(views) for views in groups if views]  # each (m, F, h, w)
         where = torch.from_numpy(np.searchsorted(self._rows, rows)).to(self._worker.device)  # (n,)
-        return sum(sums[1:], sums[0])[where] / sum(map(len, groups))  # (n, F, h, w)
+
+        def of_rotation(turns: int) -> Tensor:
+            sums = [self._sum(views, turns) for views in groups if views]  # each (m, F, h, w)
+            return sum(sums[1:], sums[0])[where] / sum(map(len, groups))  # (n, F, h, w)
+
+        return torch.cat([of_rotation(turns) for turns in range(rotations)], 1)  # (n, R * F, h, w)
 
     @torch.no_grad()
-    def _sum(self, views: Views) -> Tensor:
-        """The sum over views of all rows (m, F, h, w)."""
-        if views not in self._sums:
-            self._sums[views] = self._worker.sum(self._own_sum(views))
-        return self._sums[views]
+    def _sum(self, views: Views, turns: int) -> Tensor:
+        """The sum over views, rotated, of all rows (m, F, h, w)."""
+        if (views, turns) not in self._sums:
+            self._sums[views, turns] = self._worker.sum(self._own_sum(views, turns))
+        return self._sums[views, turns]
 
-    def _own_sum(self, views: Views) -> Tensor:
+    def _own_sum(self, views: Views, turns: int) -> Tensor:
         """The same for this worker's share of the rows; zeros for the others."""
-        one = self._embed(slice(0, 1), views[0])  # gives the shape
+        one = self._embed(slice(0, 1), views[0], turns)  # gives the shape
         total = one.new_zeros(len(self._rows), *one.shape[1:])  # (m, F, h, w)
         for i, j in pieces(self._worker.slice_of(0, len(self._rows)), 1):
             for view in views:
-                total[i:j] += self._embed(slice(i, j), view)
+                total[i:j] += self._embed(slice(i, j), view, turns)
         return total
 
-    def _embed(self, place: slice, view: int) -> Tensor:
-        return self._model.embed(_load(self._bank, self._config, self._rows[place], view, self._worker))[0]
+    def _embed(self, place: slice, view: int, turns: int) -> Tensor:
+        images = _load(self._bank, self._config, self._rows[place], view, self._worker)
+        return self._model.embed(rotated(images, turns))[0]
+
+
+def _upright(model: LGMNet) -> LGMNet:
+    """The backbone alone, without rotations."""
+    bare = model.without_generator()
+    return bare.with_head(replace(bare.config, rotations=1, head="cosine", centre=False, shrinkage=1.0))
 
 
 def pieces(span: Slice, images: int) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ from lgm_dist.data.labelled import ImageSampler
 from lgm_dist.data.philox import Purpose
 from lgm_dist.model import LGMNet
 from lgm_dist.training import averaging, schedule
+from lgm_dist.training.base_statistics import fit_head
 from lgm_dist.training.evaluation import Evaluation, evaluate
 from lgm_dist.training.tasks import Banks, LoadNetwork, Task, register_task
 from lgm_dist.training.worker import Worker
@@ -121,11 +122,15 @@ class Pretraining(Task):
         return loss, (logits.argmax(1) == batch.labels).float().mean()
 
     def evaluate(self, model: LGMNet, split: Split) -> Evaluation | None:
-        """Accuracy of backbone and head, without generated weights, on the episodes of val or test."""
+        """Accuracy of backbone and head, without generated weights, on the episodes of val or test.
+
+        The head gets the statistics of the base classes that it needs.
+        """
         e = self.config.episodes
         count = e.test_episodes if split == "test" else e.eval_episodes
         if not count:
             return None
+        fit_head(model, self.banks["train"], self.config, self.worker)
         return evaluate(model.without_generator(), self.banks[split], self.config, split, count, 0, self.worker)
 
     def optimizer(self, model: LGMNet) -> torch.optim.Optimizer:

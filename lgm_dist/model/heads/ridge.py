@@ -1,7 +1,8 @@
 """Dense matching: how well a class's support maps reconstruct a query's map (Wertheimer et al., "Few-shot classification with
 feature map reconstruction networks", CVPR 2021).
 
-Shape legend: B episodes, N ways, K shots, S = N * K support images (class-major), T query images, P places of a map, G channels.
+Shape legend: B episodes, N ways, K shots, S = N * K support images (class-major), T query images, P places of a map, G
+channels.
 """
 
 from __future__ import annotations
