@@ -215,7 +215,10 @@ def test_boxes_are_torchvision_draws_cut_to_the_image(make: type, area: tuple, r
     assert (top + high).max() <= height + 1e-4
     assert (left + wide).max() <= width + 1e-4
     # torchvision's draw: a uniform area and the exponential of a uniform number as ratio
-    size, turn = rng.uniform(*area, n) * height * width, np.exp(rng.uniform(-math.log(ratio), math.log(ratio), n))
+    size, turn = (
+        rng.uniform(area[0], area[1], n) * height * width,
+        np.exp(rng.uniform(-math.log(ratio), math.log(ratio), n)),
+    )
     far = CHANCE / math.sqrt(len(boxes))
     for ours, theirs in (
         (high, np.minimum(np.sqrt(size * turn), height)),
