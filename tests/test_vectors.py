@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -135,3 +137,34 @@ def test_another_head_keeps_what_is_learned_and_shares_the_rest() -> None:
         other.head.temperature.fill_(4.0)
     assert model.head.temperature.item() == 3.0
     assert model.with_head(ModelConfig(**SMALL, head="ridge")).head.temperature.item() == 3.0
+
+
+def test_each_rotation_is_whitened_by_itself_and_weighs_the_same() -> None:
+    x, labels = maps(60, 8, 4, 4).abs(), torch.arange(60) % 5
+    together = fitted(x, labels, pool=2, centre=True, shrinkage=0.3, rotations=4)
+    found = together(x[None])[0]  # (60, 32)
+    for r in range(4):
+        alone = fitted(x[:, 2 * r : 2 * r + 2], labels, pool=2, centre=True, shrinkage=0.3)(
+            x[None, :, 2 * r : 2 * r + 2]
+        )[0]
+        expected = alone / alone.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(found[:, 8 * r : 8 * r + 8], expected)
+
+
+def test_the_maps_of_four_rotations_are_those_of_rotated_images() -> None:
+    model = build_model(ModelConfig(**SMALL, rotations=4, head="class_means"), seed=0).eval()  # type: ignore[arg-type]
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    turned = [torch.from_numpy(np.rot90(images.numpy(), r, (2, 3)).copy()) for r in range(4)]
+    expected = torch.cat([model.backbone(x, 1) for x in turned], 1)
+    torch.testing.assert_close(model.embed(images)[0], expected)
+    assert model.embed(images)[0].shape == (3, 16, 2, 2)
+
+
+def test_rotations_of_a_network_can_be_switched_unless_a_generator_was_trained_for_them() -> None:
+    model = build_model(ModelConfig(**SMALL, head="class_means"), seed=0).eval()  # type: ignore[arg-type]
+    turned = model.with_head(replace(model.config, rotations=4, pool=1, centre=True))
+    support, query = (torch.randn(2, n, 3, 16, 16, generator=torch.Generator().manual_seed(n)) for n in (6, 4))
+    assert turned(support, query, 3).shape == (2, 4, 3)
+    own = build_model(ModelConfig(filters=4, noise_size=2), seed=0)
+    with pytest.raises(ValueError, match=r"model.rotations \(4\) must be 1, for which the generator 'lgm' was trained"):
+        own.with_head(replace(own.config, rotations=4))

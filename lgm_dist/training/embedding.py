@@ -74,7 +74,7 @@ class KeptMaps:
         self._rows = np.unique(rows)  # (m,)
         self._sums: dict[tuple[Views, int], Tensor] = {}
 
-    def __call__(self, rows: Index, copies: int, flips: bool, rotations: int) -> Tensor:
+    def __call__(self, rows: Index, copies: int, flips: bool, rotations: int = 1) -> Tensor:
         """See `Maps`."""
         groups: list[Views] = [(IMAGE,), (MIRRORED,) * flips, tuple(range(1, copies + 1))]
         where = torch.from_numpy(np.searchsorted(self._rows, rows)).to(self._worker.device)  # (n,)
