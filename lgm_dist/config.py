@@ -195,27 +195,33 @@ def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return ", ".join(f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in ours if theirs[name] != ours[name])
 
 
+_PRETRAINED = ModelConfig(
+    generator="none", head="class_means", rotations=4, pool=2, power=0.5, centre=True, shrinkage=0.8
+)
+_STRONG = Config.of(
+    data="fc100",
+    stages=("pretraining",),
+    name="strong",
+    model=_PRETRAINED,
+    eval_copies=5,
+    eval_flips=True,
+    **{"pretraining.steps": 10_000, "pretraining.eval_every": 2500},
+)
 PRESETS: dict[str, Config] = {
     "paper": Config(),
+    "strong": _STRONG,
+    "quick": _STRONG.replace(name="quick", **{"pretraining.steps": 1800, "pretraining.eval_every": 1800}),
     "demo": Config.of(
         data="glyphs",
-        query=3,
-        epochs=1,
-        steps_per_epoch=300,
-        meta_batch=8,
-        eval_every=100,
-        lr_decay_steps=30,
+        stages=("pretraining",),
         name="demo",
-        model=ModelConfig(norm_decay=0.95),
-    ),
-    "quick": Config.of(
-        data="fc100",
-        epochs=1,
-        steps_per_epoch=1200,
-        meta_batch=16,
-        eval_every=300,
-        lr_decay_steps=100,
-        name="quick",
+        model=_PRETRAINED,
+        **{
+            "pretraining.batch": 64,
+            "pretraining.steps": 400,
+            "pretraining.eval_every": 200,
+            "pretraining.augmentations": ("crop",),
+        },
     ),
 }
 """Named starting points of `lgm-dist train --preset`; single flags override them."""

@@ -105,7 +105,7 @@ def test_what_cannot_be_parsed_ends_with_status_2(
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("--preset fast", r"^preset \('fast'\) must be one of paper, demo, quick$"),
+        ("--preset fast", r"^preset \('fast'\) must be one of paper, strong, quick, demo$"),
         ("--preset demo -w 1", r"^ways \(1\) must be at least 2; an episode of one class has nothing to tell apart$"),
         ("--workers 4 --meta-batch 10", r"^meta_batch \(10\) must be divisible by workers \(4\); use 8 or 12$"),
         ("--lr nan", r"^lr \(nan\) must be positive; the paper's is 1e-3$"),
@@ -163,7 +163,7 @@ def test_help_explains_every_option_with_its_default_and_needs_no_torch() -> Non
 def test_help_of_a_preset_shows_its_defaults() -> None:
     text = " ".join(run("train", "--preset", "demo", "--help")[1].replace("│", " ").split())
     assert re.search(r"--data STR .*?\(default: glyphs\)", text)
-    assert re.search(rf"--steps-per-epoch INT .*?\(default: {PRESETS['demo'].episodes.steps_per_epoch}\)", text)
+    assert re.search(rf"--pretraining.steps INT .*?\(default: {PRESETS['demo'].pretraining.steps}\)", text)
 
 
 def test_mistakes_are_told_before_torch_is_loaded() -> None:
@@ -173,7 +173,7 @@ def test_mistakes_are_told_before_torch_is_loaded() -> None:
     assert run("train", "--preset", "fast") == (
         1,
         "",
-        "lgm-dist train: preset ('fast') must be one of paper, demo, quick\n",
+        "lgm-dist train: preset ('fast') must be one of paper, strong, quick, demo\n",
     )
     assert run("train", "--ways", "1")[::2] == (
         1,

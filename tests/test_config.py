@@ -280,7 +280,7 @@ def test_an_unknown_key_is_named_with_the_most_similar_one() -> None:
 
 
 def test_presets() -> None:
-    assert PRESETS.keys() == {"paper", "demo", "quick"}
+    assert PRESETS.keys() == {"paper", "strong", "quick", "demo"}
     assert PRESETS["paper"] == Config()
     demo = PRESETS["demo"]
     assert (demo.data.name, demo.run_name) == ("glyphs", "demo")

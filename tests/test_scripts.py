@@ -91,7 +91,7 @@ def test_a_bad_shard_is_named_with_the_command_that_mends_it(
         (["--shot", "10", "--query", "15"], "shot (10) + query (15) = 25 images a class"),
         (["--meta-batch", "10", "--workers", "4"], "meta_batch (10) must be divisible by workers (4); use 8 or 12"),
         (["--lr", "0"], "lr (0.0) must be positive"),
-        (["--preset", "huge"], "preset ('huge') must be one of paper, demo, quick"),
+        (["--preset", "huge"], "preset ('huge') must be one of paper, strong, quick, demo"),
         (["--data", "nowhere"], "data ('nowhere') is no data set"),
         (["--data", "nowhere.json"], "there is no manifest nowhere.json"),
     ],
