@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import Split
-from lgm_dist.data.philox import Philox, Purpose, RandomWords, bounded, choose, normals
+from lgm_dist.data.philox import Purpose, RandomWords, bounded, choose, normals
+from lgm_dist.philox import Philox
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
