@@ -120,13 +120,13 @@ def compare(ours: nn.Module, plain: nn.Module, images: Tensor) -> None:
         after = network.eval()(images, *arguments).flatten(1)  # (n, F * h * w)
         found.append([maps, after, *gradients(network), *averages(network)])
     for a, b in zip(*found, strict=True):
-        assert (a - b).abs().max() <= 1e-10 * max(1.0, float(b.abs().max()))
+        assert (a - b).abs().max() <= 1e-10 * max(1.0, float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize("filters", [32, 64, 96, 128])
 def test_conv4_of_any_width_is_the_plain_layers(filters: int) -> None:
     """With kernels: images without a gradient take the path of the first block."""
-    compare(build(filters=filters).backbone, plain_conv4(3, filters), draw(6))
+    compare(build(filters=filters).backbone, plain_conv4(3, filters), draw(3))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_conv4_of_any_width_is_the_plain_layers(filters: int) -> None:
 )
 def test_resnet12_is_the_plain_layers(pool_last: bool, channels: int, size: int, side: int) -> None:
     backbone = build(**RESNET12, pool_last=pool_last, channels=channels).backbone
-    compare(backbone, plain_resnet12(channels, [8, 20, 40, 80], pool_last), draw(6, size, channels))
+    compare(backbone, plain_resnet12(channels, [8, 20, 40, 80], pool_last), draw(4, size, channels))
     assert backbone(draw(2, size, channels), 1).shape == (2, 80, side, side)
     assert backbone.channels == 80
 
@@ -145,12 +145,12 @@ def test_resnet12_is_the_plain_layers(pool_last: bool, channels: int, size: int,
 )
 def test_a_network_of_torchvision_is_torchvisions_own(name: str, channels: int, width: int, side: int) -> None:
     backbone = build(backbone=f"torchvision:{name}", channels=channels).backbone
-    compare(backbone, torchvision_model(name, channels), draw(4, 32, channels))
+    compare(backbone, torchvision_model(name, channels), draw(3, 16, channels))
     assert backbone(draw(1, 32, channels), 1).shape == (1, width, side, side)
     assert backbone.channels == width
 
 
-@pytest.mark.parametrize(("name", "width"), [("resnet50", 2048), ("resnext50_32x4d", 2048), ("resnet34", 512)])
+@pytest.mark.parametrize(("name", "width"), [("resnet34", 512), ("resnext50_32x4d", 2048)])
 def test_other_resnets_of_torchvision(name: str, width: int) -> None:
     backbone = build(backbone=f"torchvision:{name}").eval().backbone
     assert backbone.channels == width
@@ -172,6 +172,7 @@ def test_two_workers_are_one(settings: dict[str, Any]) -> None:
     """Maps, gradients and moving averages, with slices of 3 and 5 images; DropBlock drops the same on either side."""
     images, sizes = draw(8, 16), [3, 5]
     alone = build(**settings).double()
+    copies = copy.deepcopy(alone), copy.deepcopy(alone)
     weights = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None, None, None]
 
     def step(model: LGMNet, x: Tensor, w: Tensor) -> Tensor:
@@ -179,17 +180,16 @@ def test_two_workers_are_one(settings: dict[str, Any]) -> None:
         (maps * w).sum().backward()
         return maps.detach()
 
-    def work(rank: int, all_reduce: AllReduce) -> tuple[LGMNet, Tensor]:
-        model = build(**settings).double()
-        model.reduce_over(all_reduce)
-        return model, step(model, images.split(sizes)[rank], weights.split(sizes)[rank])
+    def work(rank: int, all_reduce: AllReduce) -> Tensor:
+        copies[rank].reduce_over(all_reduce)
+        return step(copies[rank], images.split(sizes)[rank], weights.split(sizes)[rank])
 
     expected = step(alone, images, weights)
-    (first, a), (second, b) = Threads(2).run(work)
-    assert (torch.cat([a, b]) - expected).abs().max() < 1e-10 * expected.abs().max()
-    for one, x, y in zip(*(list(m.backbone.parameters()) for m in (alone, first, second)), strict=True):
+    maps = torch.cat(Threads(2).run(work))  # (8, F, h, w)
+    assert (maps - expected).abs().max() < 1e-10 * expected.abs().max()
+    for one, x, y in zip(*(list(m.backbone.parameters()) for m in (alone, *copies)), strict=True):
         assert (x.grad + y.grad - one.grad).abs().max() < 1e-9 * max(1.0, float(one.grad.abs().max()))
-    for one, x, y in zip(*(list(m.backbone.buffers()) for m in (alone, first, second)), strict=True):
+    for one, x, y in zip(*(list(m.backbone.buffers()) for m in (alone, *copies)), strict=True):
         assert torch.equal(x, y)
         assert (x - one).abs().max() < 1e-10
 
