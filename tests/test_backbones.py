@@ -164,16 +164,16 @@ def test_resnet12_has_the_published_widths() -> None:
     assert [block.convs[0].out_channels for block in backbone.blocks] == [64, 160, 320, 640]
     for block in backbone.blocks:
         for conv in block.convs:  # He: variance 2 / (9 * outputs)
-            assert float(conv.weight.var()) == pytest.approx(2 / (9 * conv.out_channels), rel=0.06)
+            assert float(conv.weight.detach().var()) == pytest.approx(2 / (9 * conv.out_channels), rel=0.06)
 
 
 @pytest.mark.parametrize("settings", ALL, ids=lambda s: s["backbone"])
 def test_two_workers_are_one(settings: dict[str, Any]) -> None:
-    """Maps, gradients and moving averages, with slices of 3 and 5 images; DropBlock drops the same on either side."""
-    images, sizes = draw(8, 16), [3, 5]
+    """Maps, gradients and moving averages, with slices of 2 and 3 images; DropBlock drops the same on either side."""
+    images, sizes = draw(5, 16), [2, 3]
     alone = build(**settings).double()
     copies = copy.deepcopy(alone), copy.deepcopy(alone)
-    weights = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None, None, None]
+    weights = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None, None, None]
 
     def step(model: LGMNet, x: Tensor, w: Tensor) -> Tensor:
         maps = model.backbone(x, 1)
@@ -185,7 +185,7 @@ def test_two_workers_are_one(settings: dict[str, Any]) -> None:
         return step(copies[rank], images.split(sizes)[rank], weights.split(sizes)[rank])
 
     expected = step(alone, images, weights)
-    maps = torch.cat(Threads(2).run(work))  # (8, F, h, w)
+    maps = torch.cat(Threads(2).run(work))  # (5, F, h, w)
     assert (maps - expected).abs().max() < 1e-10 * expected.abs().max()
     for one, x, y in zip(*(list(m.backbone.parameters()) for m in (alone, *copies)), strict=True):
         assert (x.grad + y.grad - one.grad).abs().max() < 1e-9 * max(1.0, float(one.grad.abs().max()))

@@ -57,7 +57,7 @@ class DropBlock(nn.Module):
             draws = self._draws(hashes, rows * columns * channels)  # (n, rows * columns * F)
             corners = (draws < level - LEVELS // 2).view(n, rows, columns, channels)
             dropped = _squares(corners, self.size).permute(0, 3, 1, 2)  # (n, F, h, w), channels last in memory
-        return (x / kept).masked_fill(dropped, 0)
+        return (x / kept).masked_fill_(dropped, 0)  # in place, as masked_fill returns channels first
 
     def _draws(self, hashes: Tensor, count: int) -> Tensor:
         """`count` whole numbers from -LEVELS / 2 to LEVELS / 2 - 1 for each image, by its hash (n,): int16 (n, count)."""
