@@ -11,7 +11,7 @@ EXTRAS = {
     "ray": "ray",
     "sklearn": "report",
     "threadpoolctl": "report",
-    "torchvision": "data",
+    "torchvision": "torchvision",
     "wandb": "wandb",
     "wandb_workspaces": "wandb",
 }

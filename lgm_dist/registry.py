@@ -38,10 +38,11 @@ class Registry(Generic[T]):
         return add
 
     def find(self, name: str) -> T | None:
-        """The class or function registered as `name`, or None."""
+        """The class or function registered as `name`, or None. One registered as `x:NAME` is found as x:anything."""
         if name not in self._known:
             self._import_built_in()
-        return self._known.get(name)
+        family, colon, _ = name.partition(":")
+        return self._known.get(name) or (self._known.get(f"{family}:NAME") if colon else None)
 
     def get(self, name: str) -> T:
         """The class or function registered as `name`. Raises ValueError if there is none."""

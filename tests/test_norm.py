@@ -5,13 +5,12 @@ The workers here are threads whose all_reduce sums in the order of the ranks; te
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from helpers.threads import Threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,35 +62,6 @@ def assert_close(ours: Sequence[Tensor], expected: Sequence[Tensor], bound: floa
 
 def averages(layer: Norm | nn.BatchNorm2d) -> list[Tensor]:
     return [layer.running_mean, layer.running_var]
-
-
-class Threads:
-    """Runs a function of (rank, all_reduce) on several threads that reduce among each other."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.slots: list[Tensor] = [torch.empty(0)] * world_size
-        self.barrier = threading.Barrier(world_size, timeout=30)
-
-    def run(self, function: Callable[[int, AllReduce], T]) -> list[T]:
-        def guarded(rank: int) -> T:
-            try:
-                return function(rank, self._all_reduce(rank))
-            except BaseException:
-                self.barrier.abort()
-                raise
-
-        with ThreadPoolExecutor(self.world_size) as pool:
-            return list(pool.map(guarded, range(self.world_size)))
-
-    def _all_reduce(self, rank: int) -> AllReduce:
-        def reduce(x: Tensor) -> None:
-            self.slots[rank] = x.clone()
-            self.barrier.wait()
-            x.copy_(sum(self.slots[1:], self.slots[0]))
-            self.barrier.wait()
-
-        return reduce
 
 
 def over_workers(

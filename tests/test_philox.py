@@ -12,7 +12,8 @@ from scipy import stats
 from torch import Tensor
 
 from lgm_dist.config import Split
-from lgm_dist.data.philox import Philox, Purpose, RandomWords, bounded, choose, normals, uniform
+from lgm_dist.data.philox import Purpose, RandomWords, bounded, choose, normals, uniform
+from lgm_dist.philox import Philox
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+"""Counter-based random numbers of the data.
 
 A number is a pure function of (seed, split, purpose, episode, position). There is no generator state to save, to share among
 workers or to restore, and no number depends on how many others are drawn.
@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import SPLITS, Split
-
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
-ROUNDS = 10
-_LOW = 0xFFFFFFFF
+from lgm_dist.philox import LOW, Philox
 
 
 class Purpose(IntEnum):
@@ -49,30 +45,6 @@ FIRST_FREE_PURPOSE = 1000
 LAST_PURPOSE = 2**16 - 1
 
 
-class Philox:
-    """The ten-round bijection with a key of two words, on one device."""
-
-    def __init__(self, key: tuple[int, int], device: torch.device | str = "cpu") -> None:
-        rounds = [[(word + turn * step) & _LOW for word, step in zip(key, WEYL, strict=True)] for turn in range(ROUNDS)]
-        self._keys = torch.tensor(rounds, device=device).flip(1)[..., None]  # (10, 2, 1): second word, first word
-        self._multipliers = torch.tensor(MULTIPLIERS, device=device)[:, None]  # (2, 1)
-
-    def __call__(self, counter: Tensor) -> Tensor:
-        """Counters of four words (4, ...) -> four random words (4, ...)."""
-        # (c0, c2) and (c3, c1): in this order one flip a round is enough
-        flat = counter.reshape(4, -1)  # (4, n)
-        c02, c31 = flat[::2], flat[1::2].flip(0)  # (2, n)
-        for key in self._keys.unbind():
-            product = self._multipliers * c02  # (2, n); int64 wraps to the bits of the unsigned product
-            low = product & _LOW
-            product >>= 32
-            product &= _LOW
-            product ^= c31
-            product ^= key
-            c02, c31 = product.flip(0), low
-        return torch.stack([c02[0], c31[1], c02[1], c31[0]]).view_as(counter)
-
-
 class RandomWords:
     """Random words for any episodes: `RandomWords(seed, split, {purpose: words of an episode})(episodes)[purpose]`.
 
@@ -86,13 +58,13 @@ class RandomWords:
         streams = [SPLITS.index(split) << 16 | purpose for purpose, n in blocks.items() for _ in range(n)]
         self._block = torch.tensor([b for n in blocks.values() for b in range(n)], device=device)  # (blocks,)
         self._stream = torch.tensor(streams, device=device)  # (blocks,)
-        self._philox = Philox((seed & _LOW, seed >> 32), device)
+        self._philox = Philox((seed & LOW, seed >> 32), device)
 
     def __call__(self, episodes: Tensor) -> dict[int, Tensor]:
         """Words of the episodes (B,) by purpose: (B, count)."""
         counter = torch.empty(4, len(episodes), len(self._block), dtype=torch.int64, device=episodes.device)
         counter[0], counter[3] = self._block, self._stream
-        counter[1], counter[2] = (episodes & _LOW)[:, None], (episodes >> 32)[:, None]
+        counter[1], counter[2] = (episodes & LOW)[:, None], (episodes >> 32)[:, None]
         words = self._philox(counter).permute(1, 2, 0).flatten(1)  # (B, 4 * blocks)
         found, first = {}, 0
         for purpose, count in self._counts.items():

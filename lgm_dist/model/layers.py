@@ -1,4 +1,4 @@
-"""Layers that several parts are made of, as the authors' TensorFlow graph has them."""
+"""Layers that several parts are made of: those of the authors' TensorFlow graph, and a convolution of residual networks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
     nn.init.xavier_uniform_(conv.weight)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
+    return conv.to(memory_format=torch.channels_last)
+
+
+def he_conv(inputs: int, outputs: int, size: int) -> nn.Conv2d:
+    """A size x size convolution of the same padding, without bias, with He normal weights, and channels last in memory."""
+    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv.to(memory_format=torch.channels_last)
 
 

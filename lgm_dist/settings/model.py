@@ -38,7 +38,15 @@ class ModelConfig:
     channels: int = setting(0, not_searched="it is the data's")
     """Channels of an image: 1 or 3 (0: as the data set has; 3 for a network that is built without one)."""
     filters: int = setting(64, most=4096)
-    """Filters of each convolution of conv4 and lgm, learned or generated."""
+    """Filters of each convolution of conv4 and lgm, learned or generated, and of the first block of resnet12; the other
+    blocks have 2.5, 5 and 10 times as many."""
+    pool_last: bool = setting(False)
+    """Pool the last block of resnet12 too: maps of 2 x 2 for 32 x 32 images, not 4 x 4."""
+    drop_block: float = setting(0.0)
+    """Share of the activations that resnet12 drops in training: single ones in blocks 1 and 2, squares in blocks 3 and 4
+    (0: none; 0.1 is usual)."""
+    drop_size: int = setting(2, most=64)
+    """Height and width of the squares of drop_block: 2 for 32 x 32 images, 5 for 84 x 84."""
     noise_size: int = setting(32, most=4096)
     """Z: length of the noise of one generated layer; the context is twice as long (mean, log-variance)."""
     norm: Literal["batch", "group", "instance", "layer"] = setting("batch")
@@ -59,7 +67,7 @@ class ModelConfig:
     with a stage pretraining sets it)."""
 
     def __post_init__(self) -> None:
-        checks.positive(self, "filters", "noise_size", "norm_groups")
+        checks.positive(self, "filters", "noise_size", "norm_groups", "drop_size")
         checks.not_negative(self, "channels", "base_outputs")
         checks.choice(self, "rotations", (1, 4))
         checks.choice(self, "pool", (0, 1, 2, 3, 4))
@@ -67,6 +75,8 @@ class ModelConfig:
         checks.choice(self, "norm", ("batch", "group", "instance", "layer"))
         checks.choice(self, "norm_scope", ("global", "worker", "episode"))
         checks.between(self, "norm_decay", 0.0, 1.0)
+        if not 0 <= self.drop_block < 1:
+            raise ValueError(f"drop_block ({self.drop_block}) must be in [0, 1); 0 turns it off")
         if not 0 < self.norm_epsilon <= checks.LARGEST:
             raise ValueError(f"norm_epsilon ({self.norm_epsilon}) must be positive; the paper's is 1e-3")
         if not 0 < self.power <= 4:
