@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     ROTATION = 3
     FLIP_SHIFT = 4
     NOISE = 5
+    FEATURE_COPY = 16
+    HOLDOUT = 17
 
 
 FIRST_FREE_PURPOSE = 1000

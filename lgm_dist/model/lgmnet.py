@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
 from lgm_dist.model.norm import AllReduce, Norm
@@ -92,6 +93,13 @@ class LGMNet(nn.Module):
         generator = GENERATORS.get("none")(config, self.backbone.channels)
         return LGMNet(config, (self.backbone, generator, self.head)).train(self.training)
 
+    def on_features(self) -> LGMNet:
+        """This network without its backbone: its images are feature maps (B, n, F, h, w), as `embed` returns them. Generator
+        and head are shared with it, not copied."""
+        config = replace(self.config, backbone="none", channels=self.backbone.channels, map_size=0, base_outputs=0)
+        backbone = BACKBONES.get("none")(config)
+        return LGMNet(config, (backbone, self.generator, self.head)).train(self.training)
+
     def reduce_over(self, all_reduce: AllReduce | None) -> None:
         """Take the normalisation's statistics over all workers: `all_reduce` sums a tensor over them in place."""
         for module in self.modules():
@@ -99,7 +107,9 @@ class LGMNet(nn.Module):
                 module.all_reduce = all_reduce
 
     def _features(self, images: Tensor, episodes: int) -> Tensor:
-        return self.backbone(images.contiguous(memory_format=torch.channels_last), episodes)
+        maps = self.backbone(images.contiguous(memory_format=torch.channels_last), episodes)  # (n, F, h, w)
+        size = self.config.map_size
+        return F.adaptive_avg_pool2d(maps, size) if size else maps  # (n, F, size, size)
 
     def _check(self, support: Tensor, query: Tensor, ways: int, noise: Tensor | None) -> None:
         if support.ndim != 5 or query.ndim != 5 or support.shape[2:] != query.shape[2:] or len(support) != len(query):

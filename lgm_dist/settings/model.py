@@ -20,6 +20,8 @@ class ModelConfig:
     head: str = setting("cosine")
     """Maps to log-probabilities: the name of a registered head. cosine: the paper's matching head. class_means: cosine to the
     class means with a learned temperature."""
+    map_size: int = setting(0, most=64)
+    """Height and width to which the backbone's maps are averaged before generator and head see them (0: as they are)."""
     kernels: Literal["auto", "reference"] = setting("auto", resumable=True, not_searched="it changes the speed alone")
     """auto: the fast version of an operation if the device has one. reference: plain operations only."""
     channels: int = setting(0, not_searched="it is the data's")
@@ -47,7 +49,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         checks.positive(self, "filters", "noise_size", "norm_groups")
-        checks.not_negative(self, "channels", "base_outputs")
+        checks.not_negative(self, "channels", "base_outputs", "map_size")
         checks.choice(self, "kernels", ("auto", "reference"))
         checks.choice(self, "norm", ("batch", "group", "instance", "layer"))
         checks.choice(self, "norm_scope", ("global", "worker", "episode"))
