@@ -1,7 +1,8 @@
 """Configuration of a run: frozen groups of settings, checked at construction. Standard library only.
 
-A `Config` holds one group per topic: `data`, `episodes`, `pretraining`, `generator`, `model`, `optim` and `run`. Each setting also has a flag name, which
-the command line, sweeps and Weights & Biases use: `ways` for `config.episodes.ways`, `model.norm` for `config.model.norm`.
+A `Config` holds one group per topic: `data`, `episodes`, `pretraining`, `generator`, `model`, `optim` and `run`. Each setting
+also has a flag name, which the command line, sweeps and Weights & Biases use: `ways` for `config.episodes.ways`, `model.norm`
+for `config.model.norm`.
 `Config.of` and `Config.replace` take settings by flag name.
 
 A wrong value raises ValueError with the setting, the value and the fix, before Ray starts.

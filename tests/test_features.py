@@ -1,4 +1,4 @@
-"""FeatureBank against images that are turned, shifted and averaged by numpy, one at a time; its episodes against those of images."""
+"""FeatureBank against images turned, shifted and averaged by numpy, one at a time; its episodes against those of images."""
 
 from __future__ import annotations
 

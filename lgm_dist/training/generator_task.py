@@ -67,5 +67,10 @@ class GeneratorTask(Episodes):
     def _make_samplers(self, model: LGMNet) -> list[FeatureSampler]:
         """One for each number of shots, which steps take in turn."""
         bank, other = self._features_of(model, "train"), self.config.generator.alternate_shot
+        fit = getattr(model.generator, "fit", None)
+        if fit is not None:
+            classifier = getattr(model, "classifier", None)
+            mean = bank.tensor.mean(dim=(0, 1, 2)).to(self.worker.device)  # (F,)
+            fit(mean, None if classifier is None else classifier.weight.detach())
         configs = [self.config, self.config.replace(shot=other)] if other else [self.config]
         return [FeatureSampler(bank, config, self.worker.device) for config in configs]
