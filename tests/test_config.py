@@ -189,7 +189,7 @@ def test_marks() -> None:
         *("epochs", "workers", "max_workers", "cpus_per_worker", "device", "max_failures", "hang_seconds"),
         *("data_root", "source", "cache", "name", "storage", "storage_seconds", "wandb", "plugins", "model.kernels"),
     }
-    assert marked("costly") == {"ways", "shot", "query", "meta_batch"}
+    assert marked("costly") == {"ways", "shot", "query", "meta_batch", "pretraining.batch"}
     assert marked("perturbed") == {"model.norm_decay", "model.norm_epsilon"}
     assert 10 <= len(marked("basic")) <= 13
 
@@ -210,6 +210,12 @@ def other(value: Any, name: str) -> Any:
         "stages": ("episodes", "more"),
         "plugins": ("my_parts",),
         "augmentations": ("flip_shift", "more"),
+        "classes": "held_out",
+        "variants": "rotations",
+        "rotations": 1,
+        "optimizer": "adam",
+        "schedule": "step",
+        "milestones": (0.5,),
     }
     chosen |= {"norm": "group", "norm_scope": "episode", "norm_groups": 5, "filters": 65, "lr_decay": 0.5, "lr": 0.01}
     if name in chosen:

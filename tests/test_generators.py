@@ -92,7 +92,7 @@ def test_gradients_reach_every_parameter(name: str, shots: int) -> None:
     for key, parameter in model.generator.named_parameters():  # type: ignore[attr-defined]
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
-        # a bias that moves all attention scores of a class alike, or the last layer's context, may have no effect
+        # without noise the paper's log-variances have no effect
         assert parameter.grad.any() or name == "residual", key
 
 
@@ -211,7 +211,7 @@ def test_base_attention_by_hand() -> None:
     def of_class(generator: Any, means: list[np.ndarray], c: int) -> np.ndarray:
         base = [length1(row) for row in torch.randn(5, C, generator=after_the_mean()).double().numpy()]
         query = length1(weight(generator.query) @ means[c])
-        shares = softmax(np.array([float(generator.temperature) * (query @ row) for row in base]))
+        shares = softmax(np.array([generator.temperature.item() * (query @ row) for row in base]))
         read = sum(a * row for a, row in zip(shares, base, strict=True))
         return generator.scale.detach().numpy() * read * math.hypot(*means[c])
 

@@ -235,7 +235,7 @@ class FeatureSampler:
         self._offsets = torch.from_numpy(bank.offsets).to(self.device)  # (classes + 1,)
         n, k, _, queries = self.shape
         images = n * k + queries
-        counts = {Purpose.CLASSES: n, Purpose.IMAGES: images, Purpose.FEATURE_COPY: images}
+        counts: dict[int, int] = {Purpose.CLASSES: n, Purpose.IMAGES: images, Purpose.FEATURE_COPY: images}
         counts |= {Purpose.NOISE: 2 * config.model.noise_size}
         self._words = RandomWords(episode_seed(config, bank.split), bank.split, counts, self.device)
 

@@ -23,7 +23,7 @@ class GeneratorConfig:
     variants: Variants = setting("none")
     """Made-up classes: each training class also turned by 90, 180 and 270 degrees (rotations), with its colour channels
     exchanged in turn (channels), or both (all). Each variant of a class is a class."""
-    alternate_shot: int = setting(0, most=65_536, costly=True)
+    alternate_shot: int = setting(0, most=65_536)
     """Support images of each class at every second step (0: shot at all steps)."""
 
     def __post_init__(self) -> None:

@@ -30,19 +30,19 @@ def features_of(model: LGMNet, bank: ImageBank, config: Config, worker: Worker) 
     They are computed once, on all cores or on the GPU, and stored in the cache folder. The mode of the model (training or
     evaluation) stays as it was. Raises ValueError as `open_features`.
     """
-    backbone = model.without_generator()  # its codes take no time
+    network = model.without_generator()  # its codes take no time
 
     def embed(images: Tensor) -> Tensor:
         worker.heartbeat()
-        return backbone.embed(images.to(worker.device))[0]  # (m, F, h, w)
+        return network.embed(images.to(worker.device))[0]  # (m, F, h, w)
 
-    was_training = model.backbone.training
-    backbone.eval()
+    was_training = model.training
+    network.eval()
     try:
         with arithmetic(), _all_cores():
             return open_features(bank, config, embed, backbone_digest(model))
     finally:
-        backbone.train(was_training)
+        network.train(was_training)
 
 
 def backbone_digest(model: LGMNet) -> str:
