@@ -42,4 +42,5 @@ class BaseAttention(ClassShift):
         means = codes.mean(2)  # (B, N, F)
         scores = self.temperature * (unit(self.query(means)) @ self.base.T)  # (B, N, base_outputs)
         read = torch.softmax(scores, -1) @ self.base  # (B, N, F)
-        return self.scale * read * means.norm(dim=-1, keepdim=True)
+        shift: Tensor = self.scale * read * means.norm(dim=-1, keepdim=True)  # (B, N, F)
+        return shift

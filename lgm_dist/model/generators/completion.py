@@ -33,4 +33,5 @@ class Completion(ClassShift):
         known = [(means - centre) / unit, centre / unit, spread / unit, within / unit]
         shots = torch.full_like(means, 1 / codes.shape[2])  # (B, N, F)
         inputs = torch.stack([x.expand_as(means) for x in known] + [shots], dim=-1)  # (B, N, F, 5)
-        return unit * self.network(inputs)[..., 0]  # (B, N, F)
+        shift: Tensor = unit * self.network(inputs)[..., 0]  # (B, N, F)
+        return shift

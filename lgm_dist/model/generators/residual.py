@@ -29,7 +29,8 @@ class Residual(LGMGenerator):
         """features (B, n, F, h, w) -> (B, n, F, h, w)."""
         (kernel1, bias1), (kernel2, bias2) = weights
         hidden = F.relu(self._convolve(features, kernel1, bias1))  # (B, n, G, h, w)
-        return features + self.share * self._convolve(hidden, kernel2, bias2)
+        moved: Tensor = features + self.share * self._convolve(hidden, kernel2, bias2)  # (B, n, F, h, w)
+        return moved
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
         """x (B, n, F, h, w), each episode's with its own kernel -> (B, n, G, h, w)."""
