@@ -38,4 +38,5 @@ class Residual(LGMGenerator):
             return episode_convolution.convolve(x, kernel, bias)
         images = x.transpose(0, 1).flatten(1, 2)  # (n, B * F, h, w)
         y = F.conv2d(images, kernel.flatten(0, 1), bias.flatten(), padding=1, groups=len(x))  # (n, B * G, h, w)
-        return y.unflatten(1, (len(x), -1)).transpose(0, 1)  # (B, n, G, h, w)
+        maps: Tensor = y.unflatten(1, (len(x), -1)).transpose(0, 1)  # (B, n, G, h, w)
+        return maps
