@@ -123,6 +123,16 @@ def test_bfloat16_is_close(name: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_alone_keeps_the_size_of_the_maps(name: str) -> None:
+    """Heads take their statistics through a generator with one class of one image."""
+    generator, features = network(name).generator, maps()[1][:1]  # (1, T, F, h, w)
+    codes = generator.encode(features[0, :1], 1)[None]
+    found = generator.transform(features, generator.generate(codes, 1, None))
+    assert found.shape == features.shape
+    assert found.isfinite().all()
+
+
 # ---- one episode by hand, in numpy ----
 
 

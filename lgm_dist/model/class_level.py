@@ -81,11 +81,14 @@ def gram_statistics(codes: Tensor) -> Tensor:
     """
     n, k = codes.shape[1:3]
     means = codes.mean(2)  # (B, N, F)
-    # without the first, each row of N + 1 ends with an element of the diagonal
-    between = cosines(means).flatten(1)[:, 1:].unflatten(1, (n - 1, n + 1))[..., :-1].flatten(1)  # (B, N * (N - 1))
+    # A class alone, of which a head's statistics are taken, counts as its own neighbour.
+    matrix = cosines(means) if n > 1 else means.new_ones(len(means), 2, 2)  # (B, N, N)
+    n = max(n, 2)
+    # Without the first, each row of N + 1 ends with an element of the diagonal
+    between = matrix.flatten(1)[:, 1:].unflatten(1, (n - 1, n + 1))[..., :-1].flatten(1)  # (B, N * (N - 1))
     lengths = means.norm(dim=-1)  # (B, N)
     spread = deviation(lengths) / lengths.mean(1).clamp_min(_SMALL)
-    sizes = [torch.full_like(spread, 1 / size) for size in (k, n)]
+    sizes = [torch.full_like(spread, 1 / size) for size in (k, codes.shape[1])]
     return torch.stack([between.mean(1), deviation(between), spread, *sizes], dim=1)  # (B, 5)
 
 
