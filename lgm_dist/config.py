@@ -1,8 +1,8 @@
 """Configuration of a run: frozen groups of settings, checked at construction. Standard library only.
 
-A `Config` holds one group per topic: `data`, `episodes`, `pretraining`, `model`, `optim` and `run`. Each setting also has a
-flag name, which the command line, sweeps and Weights & Biases use: `ways` for `config.episodes.ways`, `model.norm` for
-`config.model.norm`.
+A `Config` holds one group per topic: `data`, `episodes`, `pretraining`, `generator`, `model`, `optim` and `run`. Each setting
+also has a flag name, which the command line, sweeps and Weights & Biases use: `ways` for `config.episodes.ways`, `model.norm`
+for `config.model.norm`.
 `Config.of` and `Config.replace` take settings by flag name.
 
 A wrong value raises ValueError with the setting, the value and the fix, before Ray starts.
@@ -20,6 +20,7 @@ from lgm_dist.settings import (
     DataConfig,
     EpisodesConfig,
     EpisodeShape,
+    GeneratorConfig,
     ModelConfig,
     OptimConfig,
     PretrainingConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "DataConfig",
     "EpisodeShape",
     "EpisodesConfig",
+    "GeneratorConfig",
     "ModelConfig",
     "OptimConfig",
     "PretrainingConfig",
@@ -57,6 +59,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -158,6 +161,7 @@ GROUPS: dict[str, type[Any]] = {
     "data": DataConfig,
     "episodes": EpisodesConfig,
     "pretraining": PretrainingConfig,
+    "generator": GeneratorConfig,
     "model": ModelConfig,
     "optim": OptimConfig,
     "run": RunConfig,
@@ -167,7 +171,7 @@ GROUPS: dict[str, type[Any]] = {
 def _flag_of(group: str, name: str) -> str:
     """The flag name of a field of a group; an unknown field keeps its dotted name."""
     known = {f.name: f for f in dataclasses.fields(GROUPS[group])}
-    if group in ("model", "pretraining") or name not in known:
+    if group in ("model", "pretraining", "generator") or name not in known:
         return f"{group}.{name}"
     return known[name].metadata["flag"] or name
 

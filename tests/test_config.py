@@ -210,6 +210,12 @@ def other(value: Any, name: str) -> Any:
         "stages": ("episodes", "more"),
         "plugins": ("my_parts",),
         "augmentations": ("flip_shift", "more"),
+        "classes": "held_out",
+        "variants": "rotations",
+        "rotations": 1,
+        "optimizer": "adam",
+        "schedule": "step",
+        "milestones": (0.5,),
     }
     chosen |= {"norm": "group", "norm_scope": "episode", "norm_groups": 5, "filters": 65, "lr_decay": 0.5, "lr": 0.01}
     chosen |= {"rotations": 1, "optimizer": "adam", "schedule": "step", "milestones": (0.5,)}

@@ -57,6 +57,13 @@ def test_a_setting_is_drawn_only_if_its_condition_holds() -> None:
     for sample in random_samples(SPACES["full"], 100, seed=1):
         assert ("model.norm_scope" in sample) == ("model.norm_decay" in sample) == (sample["model.norm"] == "batch")
         assert ("lr_decay_steps" in sample) == (sample["lr_decay"] != 1.0)
+    for sample in random_samples(SPACES["generator"], 50, seed=1):
+        assert ("generator.variants" in sample) == (sample["classes"] == "held_out")
+
+
+def test_the_generator_space_has_every_generator_but_the_papers() -> None:
+    files = (Path(__file__).parents[1] / "lgm_dist/model/generators").glob("*.py")
+    assert set(SPACES["generator"]["model.generator"].values) == {f.stem for f in files} - {"__init__", "lgm"}  # type: ignore[union-attr]
 
 
 def test_random_samples_differ_and_are_a_function_of_the_seed_and_end_with_the_space() -> None:
@@ -162,7 +169,7 @@ def test_a_users_own_file(tmp_path: Path) -> None:
             load_space(str(path))
         assert str(error.value).startswith(f"space ({path})")
     with pytest.raises(
-        ValueError, match=r"space \('norms'\) must be one of ways_shots, optim, normalization, full, or a Py"
+        ValueError, match=r"space \('norms'\) must be one of ways_shots, optim, normalization, full, generator, or a"
     ):
         load_space("norms")
     with pytest.raises(ValueError, match="No such file"):

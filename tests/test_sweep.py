@@ -122,7 +122,10 @@ def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"space": "norms"}, "space ('norms') must be one of ways_shots, optim, normalization, full, or a Python file"),
+        (
+            {"space": "norms"},
+            "space ('norms') must be one of ways_shots, optim, normalization, full, generator, or a Python file",
+        ),
         ({"target-ways": 20}, "20 ways need 20 classes, split val of 'tiny' has 6; set ways to 6 or less"),
         ({"target-shot": 22}, "shot (22) + eval_query (3) = 25 images a class, but class 'val0' of split val"),
         ({"space": "ways_shots"}, "10 ways need 10 classes, split train of 'tiny' has 6"),

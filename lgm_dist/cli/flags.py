@@ -13,7 +13,15 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from lgm_dist.config import GROUPS, PRESETS, SETTINGS, Config
-from lgm_dist.settings import DataConfig, EpisodesConfig, ModelConfig, OptimConfig, PretrainingConfig, RunConfig
+from lgm_dist.settings import (
+    DataConfig,
+    EpisodesConfig,
+    GeneratorConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainingConfig,
+    RunConfig,
+)
 
 
 class _Unchecked:
@@ -51,6 +59,11 @@ class PretrainingFlags(_Unchecked, PretrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class GeneratorFlags(_Unchecked, GeneratorConfig):
+    """Episodes over the stored features of a frozen backbone."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelFlags(_Unchecked, ModelConfig):
     """The network."""
 
@@ -72,6 +85,7 @@ class Flags:
     data: OmitArgPrefixes[DataFlags] = DataFlags()
     episodes: OmitArgPrefixes[EpisodesFlags] = EpisodesFlags()
     pretraining: PretrainingFlags = PretrainingFlags()
+    generator: GeneratorFlags = GeneratorFlags()
     model: ModelFlags = ModelFlags()
     optim: OmitArgPrefixes[OptimFlags] = OptimFlags()
     run: OmitArgPrefixes[RunFlags] = RunFlags()

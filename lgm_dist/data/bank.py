@@ -6,8 +6,9 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,8 @@ class ImageBank:
     """Standard deviation, likewise."""
     digest: str = ""
     """sha256 of the manifest (hex)."""
+    folder: Path | None = None
+    """Cache folder of the mapped file; None if there is no such file."""
 
     def __repr__(self) -> str:
         height, width, channels = self.images.shape[1:]
@@ -93,21 +96,13 @@ def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
     entry = found.splits[split]
     path = cache_folder(cache) / f"{found.name}-{split}-{found.digest[:32]}.uint8"
     shape = (entry.images, *found.shape)
-    try:
-        if not _complete(path, shape):
-            with exclusive(path.with_suffix(".lock")):
-                if not _complete(path, shape):  # else the process that held the lock has just built it
-                    _build(found, split, path)
-    except OSError as fault:
-        raise ValueError(
-            f"cache ({path.parent}) cannot be written ({fault.strerror or fault}); name another folder with --cache or "
-            "LGM_DIST_CACHE"
-        ) from fault
+    make_once(path, int(np.prod(shape)), partial(_build, found, split))
     images = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))  # (n, H, W, C)
     offsets = np.cumsum([0, *(info.images for info in entry.classes)], dtype=np.int64)  # (classes + 1,)
     names = tuple(info.name for info in entry.classes)
     groups = tuple(info.group for info in entry.classes)
-    return ImageBank(found.name, split, images, offsets, names, groups, found.mean, found.std, found.digest)
+    of_train = (found.mean, found.std)
+    return ImageBank(found.name, split, images, offsets, names, groups, *of_train, found.digest, path.parent)
 
 
 def cache_folder(cache: str = "") -> Path:
@@ -117,29 +112,50 @@ def cache_folder(cache: str = "") -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgm_dist"
 
 
-def _complete(path: Path, shape: tuple[int, ...]) -> bool:
-    return path.is_file() and path.stat().st_size == int(np.prod(shape))
+def make_once(path: Path, size: int, build: Callable[[Path], None]) -> None:
+    """Make the file `path` of `size` bytes, unless it is there. It is complete or absent: `build` writes another file, which
+    is then renamed, while other processes wait.
+
+    Raises ValueError if the folder cannot be written.
+    """
+    partial_file = path.with_suffix(".partial")  # the lock keeps other processes from it
+    try:
+        if not _complete(path, size):
+            with exclusive(path.with_suffix(".lock")):
+                if not _complete(path, size):  # else the process that held the lock has just built it
+                    try:
+                        build(partial_file)
+                        partial_file.replace(path)
+                    finally:
+                        partial_file.unlink(missing_ok=True)
+    except OSError as fault:
+        raise ValueError(
+            f"cache ({path.parent}) cannot be written ({fault.strerror or fault}); name another folder with --cache or "
+            "LGM_DIST_CACHE"
+        ) from fault
 
 
-def _build(manifest: Manifest, split: Split, path: Path) -> None:
-    """Decode a split into `path`. The caller holds the lock, so no other process uses the two temporary files."""
+def _complete(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _build(manifest: Manifest, split: Split, target: Path) -> None:
+    """Decode a split into `target`. The caller holds the lock, so no other process uses the temporary file."""
     from lgm_dist.data.shards import read_images  # an open bank needs neither webdataset nor PIL
 
     notify(f"decoding {manifest.splits[split].images:,} images of {manifest.name}, split {split}")
     start = time.perf_counter()
-    unsorted, partial = path.with_suffix(".unsorted"), path.with_suffix(".partial")
+    unsorted = target.with_suffix(".unsorted")
     try:
         rows: list[tuple[int, str]] = []
         with unsorted.open("wb") as file:
             for key, image, label in read_images(manifest, split):
                 rows.append((label, key))
                 file.write(image.tobytes())
-        _copy_rows(unsorted, partial, sorted(range(len(rows)), key=rows.__getitem__), manifest.shape)
-        partial.replace(path)
+        _copy_rows(unsorted, target, sorted(range(len(rows)), key=rows.__getitem__), manifest.shape)
     finally:
         unsorted.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
-    log.info("decoded %d images of %s into %s in %.1f s", len(rows), split, path, time.perf_counter() - start)
+    log.info("decoded %d images of %s in %.1f s", len(rows), split, time.perf_counter() - start)
 
 
 def _copy_rows(source: Path, target: Path, order: list[int], shape: tuple[int, int, int]) -> None:

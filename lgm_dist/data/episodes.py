@@ -19,9 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lgm_dist.config import Config, Split
+from lgm_dist.config import Config, EpisodeShape, Split
 from lgm_dist.data.augment import all_variants, augmentations_of
 from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.holdout import episode_classes
 from lgm_dist.data.images import Normalisation, load_images, statistics, to_pixels
 from lgm_dist.data.philox import Purpose, RandomWords, bounded, choose, normals
 
@@ -33,8 +34,10 @@ __all__ = [
     "check_episodes",
     "draw_noise",
     "draw_rows",
+    "episode_seed",
     "load_images",
     "sample_episodes",
+    "standard_rows",
     "statistics",
     "to_pixels",
 ]
@@ -123,7 +126,9 @@ class EpisodeSampler:
         self.shape = config.episode(bank.split)
         self.augmentations = tuple(make(bank.shape) for make in augmentations_of(config, bank.split))
         self._offsets = torch.from_numpy(bank.offsets).to(self.device)  # (classes + 1,)
-        self._words = RandomWords(_seed(config, bank.split), bank.split, self._word_counts(), self.device)
+        used = episode_classes(config, bank.split, len(bank.classes))
+        self._used = torch.from_numpy(used).to(self.device)  # (classes of episodes,)
+        self._words = RandomWords(episode_seed(config, bank.split), bank.split, self._word_counts(), self.device)
         self._normalise = Normalisation(bank, config, self.device)
         self._count, self._pixels, self._variants = len(bank.images), bank.tensor, False
         if self.device.type != "cpu" if resident is None else resident:
@@ -182,14 +187,8 @@ class EpisodeSampler:
 
     def _standard(self, words: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (B, S + T), labels (B, T), classes (B, N): K + Q images of each class, chosen in each class by itself."""
-        n, k, q, _ = self.shape
         classes = self._classes(words)  # (B, N)
-        # Draw by draw over all classes: with more queries the images before them stay as they are.
-        of_class = words[Purpose.IMAGES].unflatten(1, (k + q, n)).transpose(1, 2)  # (B, N, K + Q)
-        index = choose(of_class, self._offsets.diff()[classes])  # (B, N, K + Q)
-        rows = self._offsets[classes][..., None] + index  # (B, N, K + Q)
-        labels = torch.arange(n, device=self.device).repeat_interleave(q).repeat(len(rows), 1)  # (B, T)
-        return torch.cat([rows[..., :k].flatten(1), rows[..., k:].flatten(1)], dim=1), labels, classes
+        return *standard_rows(words[Purpose.IMAGES], classes, self._offsets, self.shape), classes
 
     def _paper(self, words: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (B, S + 1), labels (B, 1), classes (B, N): the same K + 1 places in each class, the last one for the query."""
@@ -203,7 +202,7 @@ class EpisodeSampler:
 
     def _classes(self, words: dict[int, Tensor]) -> Tensor:
         """(B, N)"""
-        return choose(words[Purpose.CLASSES], self._offsets.new_full((), len(self._offsets) - 1))
+        return self._used[choose(words[Purpose.CLASSES], self._used.new_full((), len(self._used)))]
 
     def _parameters(self, words: dict[int, Tensor], labels: Tensor) -> tuple[Tensor, ...]:
         """Each augmentation's parameters of each image (B, S + T, P)."""
@@ -218,7 +217,22 @@ class EpisodeSampler:
         return tuple(found)
 
 
-def _seed(config: Config, split: Split) -> int:
+def standard_rows(words: Tensor, classes: Tensor, offsets: Tensor, shape: EpisodeShape) -> tuple[Tensor, Tensor]:
+    """Rows (B, S + T) and labels (B, T) of episodes of these classes (B, N), of a bank with these offsets (classes + 1,).
+
+    words (B, N * (K + Q)) choose the images of each class by itself, without replacement.
+    """
+    n, k, q, _ = shape
+    # Draw by draw over all classes: with more queries the images before them stay as they are.
+    of_class = words.unflatten(1, (k + q, n)).transpose(1, 2)  # (B, N, K + Q)
+    index = choose(of_class, offsets.diff()[classes])  # (B, N, K + Q)
+    rows = offsets[classes][..., None] + index  # (B, N, K + Q)
+    labels = torch.arange(n, device=rows.device).repeat_interleave(q).repeat(len(rows), 1)  # (B, T)
+    return torch.cat([rows[..., :k].flatten(1), rows[..., k:].flatten(1)], dim=1), labels
+
+
+def episode_seed(config: Config, split: Split) -> int:
+    """The seed of the episodes of a split."""
     return config.run.seed if split == "train" else config.episodes.eval_seed
 
 
@@ -237,6 +251,8 @@ def check_episodes(
             f"eval_copies ({e.eval_copies}) and eval_flips ({e.eval_flips}) need protocol standard; protocol paper is the "
             "authors' pipeline, which has neither: leave them out"
         )
+    used = episode_classes(config, split, len(counts))
+    counts, class_names = [counts[c] for c in used], [class_names[c] for c in used] if class_names else ()
     shape, of = config.episode(split), f"split {split} of '{name}'"
     if shape.ways > len(counts):
         raise ValueError(
@@ -287,7 +303,7 @@ def draw_rows(bank: ImageBank, config: Config, split: Split, start: int, count: 
 
 def draw_noise(config: Config, split: Split, start: int, count: int, draws: int) -> Tensor:
     """`draws` draws of the noise of each episode: (draws, B, 2, Z) float32; draw 0 is the noise of sample_episodes."""
-    words = RandomWords(_seed(config, split), split, {Purpose.NOISE: draws * 2 * config.model.noise_size})
+    words = RandomWords(episode_seed(config, split), split, {Purpose.NOISE: draws * 2 * config.model.noise_size})
     noise = normals(words(torch.arange(start, start + count))[Purpose.NOISE])  # (B, draws * 2 * Z)
     by_draw: Tensor = noise.unflatten(1, (draws, 2, -1)).transpose(0, 1)  # (draws, B, 2, Z)
     return by_draw.contiguous()

@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     ERASE = 10
     ORDER = 11
     MIXUP = 12
+    FEATURE_COPY = 16
+    HOLDOUT = 17
     COPIES = 32
 
 

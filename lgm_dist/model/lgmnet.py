@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
 from lgm_dist.model.norm import AllReduce, Norm
@@ -120,6 +121,14 @@ class LGMNet(nn.Module):
         parts = (self.backbone, generator, head)
         return LGMNet(replace(config, generator=self.config.generator), parts).train(self.training)
 
+    def on_features(self) -> LGMNet:
+        """This network without its backbone: its images are feature maps (B, n, F, h, w), as `embed` returns them. Generator
+        and head are shared with it, not copied."""
+        channels = self.backbone.channels * self.config.rotations
+        config = replace(self.config, backbone="none", channels=channels, rotations=1, map_size=0, base_outputs=0)
+        backbone = BACKBONES.get("none")(config)
+        return LGMNet(config, (backbone, self.generator, self.head)).train(self.training)
+
     def reduce_over(self, all_reduce: AllReduce | None) -> None:
         """Take the normalisation's statistics over all workers: `all_reduce` sums a tensor over them in place."""
         for module in self.modules():
@@ -129,7 +138,9 @@ class LGMNet(nn.Module):
     def _features(self, images: Tensor, episodes: int) -> Tensor:
         turned = [rotated(images, r) for r in range(self.config.rotations)]
         maps = [self.backbone(x.contiguous(memory_format=torch.channels_last), episodes) for x in turned]
-        return maps[0] if len(maps) == 1 else torch.cat(maps, 1)  # (n, R * F, h, w)
+        found = maps[0] if len(maps) == 1 else torch.cat(maps, 1)  # (n, R * F, h, w)
+        size = self.config.map_size
+        return F.adaptive_avg_pool2d(found, size) if size else found  # (n, R * F, size, size)
 
     def _check(self, support: Tensor, query: Tensor, ways: int, noise: Tensor | None) -> None:
         if support.ndim != 5 or query.ndim != 5 or support.shape[2:] != query.shape[2:] or len(support) != len(query):

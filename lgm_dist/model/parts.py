@@ -47,7 +47,12 @@ class Backbone(Protocol):
 
 class Generator(Protocol):
     """Support features to weights, and all features through these weights. Registered as a function of the `ModelConfig` and
-    the backbone's channels F."""
+    the backbone's channels F.
+
+    A generator that needs to know the base classes has a method `fit(mean, weights)` too. The task `generator` calls it before
+    its first step, with the mean of their features (F,) and the weights (base_outputs, F) of the classifier of pretraining, or
+    None without one. Keep what it stores in buffers, so that checkpoints hold it.
+    """
 
     channels: int
     """G: channels of the maps that `transform` returns."""

@@ -2,6 +2,7 @@
 
 from lgm_dist.settings.data import DataConfig
 from lgm_dist.settings.episodes import EpisodesConfig, EpisodeShape
+from lgm_dist.settings.generator import GeneratorConfig
 from lgm_dist.settings.mark import SPLITS, Protocol, Split
 from lgm_dist.settings.model import ModelConfig
 from lgm_dist.settings.optim import OptimConfig
@@ -13,6 +14,7 @@ __all__ = [
     "DataConfig",
     "EpisodeShape",
     "EpisodesConfig",
+    "GeneratorConfig",
     "ModelConfig",
     "OptimConfig",
     "PretrainingConfig",

@@ -42,6 +42,8 @@ class EpisodesConfig:
         ("flip_shift",), not_searched="all trials augment alike; search over augment"
     )
     """Names of the augmentations of training images, in this order (if augment is on)."""
+    classes: Literal["all", "held_out"] = setting("all")
+    """Classes of the training episodes: all base classes, or those that pretraining has left out (pretraining.holdout)."""
     noise: Literal["sample", "mean"] = setting("sample")
     """Noise of the generated weights in training: sampled, or fixed at its mean."""
     epochs: int = setting(120, basic=True, resumable=True, not_searched=LENGTH)
@@ -75,6 +77,7 @@ class EpisodesConfig:
         checks.not_negative(self, "test_episodes", "eval_ways", "eval_shot", "eval_seed", "eval_copies")
         checks.choice(self, "protocol", get_args(Protocol))
         checks.choice(self, "noise", ("sample", "mean"))
+        checks.choice(self, "classes", ("all", "held_out"))
         if self.ways < 2:
             raise ValueError(
                 f"ways ({self.ways}) must be at least 2; an episode of one class has nothing to tell apart"

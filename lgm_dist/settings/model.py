@@ -33,6 +33,8 @@ class ModelConfig:
     shrinkage: float = setting(1.0, compared=True)
     """The head whitens by the covariance within the base classes, of which this share is replaced by a multiple of the identity
     (1: no whitening)."""
+    map_size: int = setting(0, most=64)
+    """Height and width to which the backbone's maps are averaged before generator and head see them (0: as they are)."""
     kernels: Literal["auto", "reference"] = setting("auto", resumable=True, not_searched="it changes the speed alone")
     """auto: the fast version of an operation if the device has one. reference: plain operations only."""
     channels: int = setting(0, not_searched="it is the data's")
@@ -68,7 +70,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         checks.positive(self, "filters", "noise_size", "norm_groups", "drop_size")
-        checks.not_negative(self, "channels", "base_outputs")
+        checks.not_negative(self, "channels", "base_outputs", "map_size")
         checks.choice(self, "rotations", (1, 4))
         checks.choice(self, "pool", (0, 1, 2, 3, 4))
         checks.choice(self, "kernels", ("auto", "reference"))

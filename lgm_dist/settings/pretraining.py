@@ -18,6 +18,8 @@ class PretrainingConfig:
     rotations: int = setting(4)
     """4: each image comes in its four rotations by 90 degrees, and each rotation of a class is a class of its own. 1: no
     rotations."""
+    holdout: int = setting(0, most=1_000_000, not_searched="all trials start from the same backbone")
+    """Base classes that are left out, chosen by the seed: classes=held_out trains episodes on them."""
     batch: int = setting(128, most=65_536, costly=True)
     """Images of one step, over all workers; each counts once, in all its rotations."""
     steps: int = setting(10_000, basic=True, not_searched=LENGTH)
@@ -56,7 +58,7 @@ class PretrainingConfig:
 
     def __post_init__(self) -> None:
         checks.positive(self, "batch", "steps", "eval_every")
-        checks.not_negative(self, "warmup")
+        checks.not_negative(self, "warmup", "holdout")
         checks.choice(self, "rotations", (1, 4))
         checks.choice(self, "optimizer", ("sgd", "adam"))
         checks.choice(self, "schedule", ("cosine", "step"))

@@ -11,7 +11,7 @@ class SweepOptions:
     """What to search, how, and what all trials are evaluated on."""
 
     space: str = "normalization"
-    """Space to search: ways_shots, optim, normalization, full, or a Python file that defines SPACE."""
+    """Space to search: ways_shots, optim, normalization, full, generator, or a Python file that defines SPACE."""
     samples: int = 8
     """Number of trials. --search grid ignores it."""
     search: Literal["random", "tpe", "grid"] = "random"

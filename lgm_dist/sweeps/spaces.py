@@ -67,11 +67,27 @@ NORMALIZATION: Space = {
     "model.weight_norm": Choice((True, False)),
     "noise": Choice(("sample", "mean")),
 }
+GENERATOR: Space = {
+    "model.generator": Choice(
+        (
+            *("none", "residual", "low_rank", "class_attention", "base_attention"),
+            *("completion", "projection", "metric", "gram"),
+        )
+    ),
+    "classes": Choice(("all", "held_out")),
+    "generator.variants": Choice(("none", "rotations"), when={"classes": ("held_out",)}),
+    "generator.copies": Choice((1, 4, 8)),
+    "lr": LogUniform(1e-4, 1e-2),
+    "weight_decay": LogUniform(1e-6, 1e-1),
+    "meta_batch": Choice((8, 16, 32)),
+}
+"""For --stages generator, over the features of a backbone that was pretrained with pretraining.holdout."""
 SPACES: dict[str, Space] = {
     "ways_shots": WAYS_SHOTS,
     "optim": OPTIM,
     "normalization": NORMALIZATION,
     "full": {**WAYS_SHOTS, **OPTIM, **NORMALIZATION},
+    "generator": GENERATOR,
 }
 """The built-in spaces."""
 PERTURBED = ("lr", "weight_decay")
