@@ -235,7 +235,7 @@ def test_an_unknown_network_of_torchvision_is_refused_with_the_known_ones(name: 
     with pytest.raises(ValueError, match=rf"\('{name}'\) must be torchvision:NAME with NAME one of .*resnet18"):
         build_model(ModelConfig(backbone=name))
     with pytest.raises(
-        ValueError, match=r"model\.backbone \('conv4:x'\) must be one of conv4, resnet12, .*torchvision:NAME"
+        ValueError, match=r"model\.backbone \('conv4:x'\) must be one of conv4, none, resnet12, .*torchvision:NAME"
     ):
         build_model(ModelConfig(backbone="conv4:x"))
 

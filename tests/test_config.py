@@ -212,13 +212,13 @@ def other(value: Any, name: str) -> Any:
         "augmentations": ("flip_shift", "more"),
         "classes": "held_out",
         "variants": "rotations",
-        "rotations": 1,
         "optimizer": "adam",
         "schedule": "step",
         "milestones": (0.5,),
     }
     chosen |= {"norm": "group", "norm_scope": "episode", "norm_groups": 5, "filters": 65, "lr_decay": 0.5, "lr": 0.01}
-    chosen |= {"rotations": 1, "optimizer": "adam", "schedule": "step", "milestones": (0.5,)}
+    if name == "rotations":
+        return {1: 4, 4: 1}[value]
     if name in chosen:
         return chosen[name]
     if isinstance(value, bool):
@@ -290,5 +290,5 @@ def test_presets() -> None:
     assert PRESETS["paper"] == Config()
     demo = PRESETS["demo"]
     assert (demo.data.name, demo.run_name) == ("glyphs", "demo")
-    assert demo.episodes.steps * demo.episodes.meta_batch <= 4000, "the demo ends within minutes"
-    assert demo.episodes.steps % demo.episodes.eval_every == 0
+    assert demo.pretraining.steps * demo.pretraining.batch * 4 <= 120_000, "the demo ends within minutes"
+    assert demo.pretraining.steps % demo.pretraining.eval_every == 0

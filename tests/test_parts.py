@@ -106,7 +106,7 @@ def test_parts_from_outside_the_package_train_a_step(names: dict[str, str]) -> N
 @pytest.mark.parametrize("part", ["backbone", "generator", "head"])
 def test_an_unknown_name_is_refused_with_the_known_ones(part: str) -> None:
     known = {
-        "backbone": "conv4, resnet12, .*tiny, torchvision:NAME",
+        "backbone": "conv4, none, resnet12, .*tiny, torchvision:NAME",
         "generator": "base_attention, .*lgm, .*none, .*residual, scales",
         "head": "class_means, cnaps, cosine, distance, logistic, ridge",
     }[part]
