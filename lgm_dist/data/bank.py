@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shutil
 import time
 import warnings
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from lgm_dist.data.lock import exclusive
 from lgm_dist.data.manifest import Manifest, read_manifest
 
 log = logging.getLogger(__name__)
+
+LARGEST_BANK = "LGM_DIST_LARGEST_BANK"
+"""Variable of the environment: the size in bytes from which on `fits` says no; without it, the disk decides."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,7 @@ def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
         raise ValueError(f"split ({split!r}) must be one of {', '.join(SPLITS)}")
     found = read_manifest(str(manifest))
     entry = found.splits[split]
-    path = cache_folder(cache) / f"{found.name}-{split}-{found.digest[:32]}.uint8"
-    shape = (entry.images, *found.shape)
+    path, shape = _place(found, split, cache)
     try:
         if not _complete(path, shape):
             with exclusive(path.with_suffix(".lock")):
@@ -110,11 +114,33 @@ def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
     return ImageBank(found.name, split, images, offsets, names, groups, found.mean, found.std, found.digest)
 
 
+def fits(manifest: Manifest, split: Split, cache: str = "") -> bool:
+    """Return True if the bank of a split is in the cache folder, or takes at most half of its disk's free space.
+
+    The half is what building a bank leaves free. LGM_DIST_LARGEST_BANK, in bytes, replaces it. Raises ValueError if this is not
+    a whole number.
+    """
+    path, shape = _place(manifest, split, cache)
+    most = os.environ.get(LARGEST_BANK, "")
+    if most and not most.isdecimal():
+        raise ValueError(f"{LARGEST_BANK} ({most!r}) must be a whole number of bytes, such as 20000000000")
+    if not most and _complete(path, shape):
+        return True
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return math.prod(shape) <= (int(most) if most else shutil.disk_usage(folder).free // 2)
+
+
 def cache_folder(cache: str = "") -> Path:
     """`cache`, else LGM_DIST_CACHE of the environment, else lgm_dist in the user's cache folder."""
     if chosen := cache or os.environ.get("LGM_DIST_CACHE", ""):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgm_dist"
+
+
+def _place(manifest: Manifest, split: Split, cache: str) -> tuple[Path, tuple[int, int, int, int]]:
+    """Path and shape (n, H, W, C) of the bank of a split."""
+    path = cache_folder(cache) / f"{manifest.name}-{split}-{manifest.digest[:32]}.uint8"
+    return path, (manifest.splits[split].images, *manifest.shape)
 
 
 def _complete(path: Path, shape: tuple[int, ...]) -> bool:

@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     NOISE = 5
     ORDER = 11
     MIXUP = 12
+    SHARDS = 13
+    BUFFER = 14
 
 
 FIRST_FREE_PURPOSE = 1000

@@ -52,6 +52,7 @@ class Pretraining(Task):
     """Step i trains on images i * batch and after of the stream of `lgm_dist.data.labelled`, each in all its rotations."""
 
     unit = "images"
+    streams = True
 
     def __init__(self, config: Config, banks: Banks, worker: Worker) -> None:
         super().__init__(config, banks, worker)
@@ -126,7 +127,7 @@ class Pretraining(Task):
         count = e.test_episodes if split == "test" else e.eval_episodes
         if not count:
             return None
-        return evaluate(model.without_generator(), self.banks[split], self.config, split, count, 0, self.worker)
+        return evaluate(model.without_generator(), self.bank(split), self.config, split, count, 0, self.worker)
 
     def optimizer(self, model: LGMNet) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum, or AdamW, for backbone and classifier; with averages of the weights if asked for."""
