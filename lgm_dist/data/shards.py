@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import struct
 import tarfile
 import tempfile
 from collections import Counter
@@ -25,6 +24,7 @@ from lgm_dist.data.fetch import fetch
 from lgm_dist.data.manifest import ClassEntry, Manifest, Shard, SplitEntry, check_name, manifest_bytes, read_manifest
 from lgm_dist.data.png import MODES, decode
 from lgm_dist.data.source import DataSource, Sample, SplitSource
+from lgm_dist.data.tar import members
 
 __all__ = [
     "Manifest",
@@ -135,7 +135,7 @@ def read_shard(manifest: Manifest, split: Split, shard: Shard) -> Iterator[Store
     """Yield the samples of one shard in their order. It is fetched and checked as by `read_samples`, with the same errors."""
     url, found = manifest.url(shard), 0
     with _blaming(manifest, f"shard {url}"), _verified(url, shard, manifest) as stream:
-        for sample in group_by_keys(_members(stream)):
+        for sample in group_by_keys(members(stream)):
             where = f"shard {url}, sample {sample['__key__']}"
             with _blaming(manifest, where):
                 label = _label(sample, len(manifest.splits[split].classes))
@@ -279,32 +279,6 @@ def _verified(url: str, shard: Shard, manifest: Manifest) -> Iterator[IO[bytes]]
         yield copy
 
 
-def _members(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield webdataset's record of each member of one shard, in memory, and an empty record at its end.
-
-    Raises ValueError for members that `write_shards` never writes: links, devices, folders, files with holes (which may claim
-    any size), and names that lead to other folders.
-    """
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for info in tar:
-                if not info.isreg() or info.issparse():
-                    raise ValueError(f"member {info.name!r} is not a plain file")
-                if info.name.startswith("/") or ".." in info.name.split("/"):
-                    raise ValueError(f"member {info.name!r} would lie outside of its folder")
-                content = tar.extractfile(info)
-                assert content
-                yield {"fname": info.name, "data": content.read(), "__url__": ""}
-    except (
-        LookupError,
-        OverflowError,
-        RecursionError,
-        struct.error,
-    ) as fault:  # tarfile raises these for damaged headers
-        raise ValueError(f"is not a whole tar ({fault})") from fault
-    yield {}
-
-
 def _label(sample: dict[str, Any], classes: int) -> int:
     for member in ("png", "cls"):
         if member not in sample:
@@ -319,7 +293,7 @@ def _first_fault(stream: IO[bytes], shard: Shard, shape: tuple[int, int, int]) -
     """Which member of a shard with a wrong digest is visibly damaged, in words; "" if none is."""
     last, images = "its start", 0
     with suppress(OSError, ValueError, tarfile.TarError):  # the number of images shows what is cut off
-        for member in filter(None, _members(stream)):
+        for member in filter(None, members(stream)):
             last = f"member {member['fname']}"
             if last.endswith(".png"):
                 images += 1
