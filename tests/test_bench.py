@@ -14,10 +14,12 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from lgm_dist.bench import gpu, loading, measure, network, pictures, scaling
+from lgm_dist.bench import gpu, loading, measure, network, pictures, scaling, streaming
 from lgm_dist.bench.measure import Spread, in_turn, ratio
 from lgm_dist.bench.steps import ROOT, StepSetup, contender
 from lgm_dist.data import open_bank
+from lgm_dist.data.manifest import read_manifest
+from lgm_dist.data.streamed import StreamedSplit
 
 TINY = {"meta_batch": 2, "size": 8, "threads": 1}
 
@@ -96,6 +98,13 @@ def test_loading_covers_every_contender(tiny: Path) -> None:
         "lgm_dist, augmented, normalised",
     ]
     assert all(float(row[2].split()[0]) > 0 for row in section.rows if "plain" not in row[0])
+
+
+def test_the_stream_is_timed_against_the_bank(tiny: Path) -> None:
+    split = StreamedSplit(read_manifest(str(tiny)))
+    section = streaming.stream(open_bank(tiny, "train"), split, 1, threads=1, steps=1)
+    assert [row[0] for row in section.rows] == ["batches alone", "in training"]
+    assert all(value > 0 for spread in section.values["images/s"].values() for value in spread)
 
 
 def test_evaluations_with_more_draws_take_longer(tiny: Path) -> None:

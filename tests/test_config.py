@@ -202,6 +202,7 @@ def other(value: Any, name: str) -> Any:
         "precision": "bf16",
         "device": "cpu",
         "wandb": "disabled",
+        "stream": "always",
         "meta_batch": 33,
         "workers": 3,
         "max_workers": 4,

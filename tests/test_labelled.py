@@ -10,7 +10,8 @@ import torch
 
 from lgm_dist.config import Config
 from lgm_dist.data import ImageBank, open_bank
-from lgm_dist.data.labelled import ImageSampler, check_labelled
+from lgm_dist.data.holdout import held_out_classes
+from lgm_dist.data.labelled import ImageSampler, check_labelled, classes_learned
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,12 @@ def test_images_are_augmented(bank: ImageBank) -> None:
     assert (plain.images == moved.images).flatten(1).all(1).sum() <= 3
 
 
+def blank(shape: tuple[int, int, int]) -> ImageBank:
+    """Three classes of one black image each."""
+    images = np.zeros((3, *shape), np.uint8)
+    return ImageBank("blank", "train", images, np.arange(4), ("a", "b", "c"), ("",) * 3, (0.0,) * 3, (1.0,) * 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "shape", "message"),
     [
@@ -79,8 +86,22 @@ def test_images_are_augmented(bank: ImageBank) -> None:
         ({"pretraining.augmentations": ("rotation",)}, (16, 16, 3), "'rotation'.* for episodes alone"),
         ({"pretraining.augmentations": ("flip_shift", "flip_shift")}, (16, 16, 3), "'flip_shift' twice"),
         ({"pretraining.augmentations": ("none",)}, (16, 16, 3), "must be one of"),
+        ({"pretraining.holdout": 2}, (16, 16, 3), "must leave 2 of the 3 base classes; lower it to 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, object], shape: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_labelled(shape, config(**changes))
+        check_labelled(blank(shape), config(**changes))
+
+
+def test_classes_that_are_left_out_are_not_seen(bank: ImageBank) -> None:
+    few = config(**{"pretraining.holdout": 2})
+    learned = classes_learned(few, 6)
+    assert len(learned) == 4
+    assert set(learned) | set(held_out_classes(few, 6)) == set(range(6))
+    batch = ImageSampler(bank, few)(0, 4 * 24)  # an epoch
+    assert batch.labels.bincount().tolist() == [24] * 4
+    images = ImageSampler(bank, config())._normalise(bank.tensor, torch.arange(len(bank.images)))
+    for image, label in zip(batch.images[:20], batch.labels[:20], strict=True):
+        row = int((images == image).flatten(1).all(1).nonzero()[0, 0])
+        assert bank.offsets[learned[label]] <= row < bank.offsets[learned[label] + 1]

@@ -58,6 +58,16 @@ def _data(flags: argparse.Namespace) -> Iterator[Section]:
     yield loading.data(_bank(flags, "train"), 4 * flags.rounds + 1, against=peers)
 
 
+def _stream(flags: argparse.Namespace) -> Iterator[Section]:
+    from lgm_dist.bench import streaming
+    from lgm_dist.data.manifest import read_manifest
+    from lgm_dist.data.prepare import ensure_manifest
+    from lgm_dist.data.streamed import StreamedSplit
+
+    split = StreamedSplit(read_manifest(ensure_manifest(flags.data, flags.data_root, "")))
+    yield streaming.stream(_bank(flags, "train"), split, flags.rounds)
+
+
 def _step(flags: argparse.Namespace) -> Iterator[Section]:
     from lgm_dist.bench import network
 
@@ -129,6 +139,7 @@ def _gpu(flags: argparse.Namespace) -> Iterator[Section]:
 Part = Callable[[argparse.Namespace], Iterable["Section"]]
 PARTS: dict[str, Part] = {
     "data": _data,
+    "stream": _stream,
     "step": _step,
     "floor": _floor,
     "pretraining": _pretraining,
@@ -149,7 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("part", choices=[*PARTS, "all"], help="what to measure")
     add("--rounds", type=int, default=5, help="rounds in which contenders take turns (default: %(default)s)")
-    add("--data", default="glyphs", help="data set of data, evaluation and train (default: %(default)s)")
+    add("--data", default="glyphs", help="data set of data, stream, evaluation and train (default: %(default)s)")
     add("--data-root", default="data", help="folder of the prepared data sets (default: %(default)s)")
     add("--against", nargs="*", metavar="PEER", help="data: libraries to compare with (default: those installed)")
     add("--model", action="store_true", help="scaling: extrapolate to 8 to 1,024 workers")

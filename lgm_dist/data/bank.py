@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -22,6 +24,9 @@ from lgm_dist.data.lock import exclusive
 from lgm_dist.data.manifest import Manifest, read_manifest
 
 log = logging.getLogger(__name__)
+
+LARGEST_BANK = "LGM_DIST_LARGEST_BANK"
+"""Variable of the environment: the size in bytes from which on `fits` says no; without it, the disk decides."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +99,30 @@ def open_bank(manifest: str | Path, split: Split, cache: str = "") -> ImageBank:
         raise ValueError(f"split ({split!r}) must be one of {', '.join(SPLITS)}")
     found = read_manifest(str(manifest))
     entry = found.splits[split]
-    path = cache_folder(cache) / f"{found.name}-{split}-{found.digest[:32]}.uint8"
-    shape = (entry.images, *found.shape)
-    make_once(path, int(np.prod(shape)), partial(_build, found, split))
+    path, shape = _place(found, split, cache)
+    make_once(path, math.prod(shape), partial(_build, found, split))
     images = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))  # (n, H, W, C)
     offsets = np.cumsum([0, *(info.images for info in entry.classes)], dtype=np.int64)  # (classes + 1,)
     names = tuple(info.name for info in entry.classes)
     groups = tuple(info.group for info in entry.classes)
     of_train = (found.mean, found.std)
     return ImageBank(found.name, split, images, offsets, names, groups, *of_train, found.digest, path.parent)
+
+
+def fits(manifest: Manifest, split: Split, cache: str = "") -> bool:
+    """Return True if the bank of a split is in the cache folder, or takes at most half of its disk's free space.
+
+    The half is what building a bank leaves free. LGM_DIST_LARGEST_BANK, in bytes, replaces it. Raises ValueError if this is not
+    a whole number.
+    """
+    path, shape = _place(manifest, split, cache)
+    most = os.environ.get(LARGEST_BANK, "")
+    if most and not most.isdecimal():
+        raise ValueError(f"{LARGEST_BANK} ({most!r}) must be a whole number of bytes, such as 20000000000")
+    if not most and _complete(path, math.prod(shape)):
+        return True
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return math.prod(shape) <= (int(most) if most else shutil.disk_usage(folder).free // 2)
 
 
 def cache_folder(cache: str = "") -> Path:
@@ -133,6 +153,12 @@ def make_once(path: Path, size: int, build: Callable[[Path], None]) -> None:
             f"cache ({path.parent}) cannot be written ({fault.strerror or fault}); name another folder with --cache or "
             "LGM_DIST_CACHE"
         ) from fault
+
+
+def _place(manifest: Manifest, split: Split, cache: str) -> tuple[Path, tuple[int, int, int, int]]:
+    """Path and shape (n, H, W, C) of the bank of a split."""
+    path = cache_folder(cache) / f"{manifest.name}-{split}-{manifest.digest[:32]}.uint8"
+    return path, (manifest.splits[split].images, *manifest.shape)
 
 
 def _complete(path: Path, size: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,16 +12,28 @@ from torch import Tensor
 
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
+from lgm_dist.data.streamed import BaseImages
 
 _PAPER_MEAN, _PAPER_STD = 113.77, 70.1899  # the authors' data.py: one scalar each, for all channels
 _VALUES_AT_ONCE = 2**20
 """Pixel values that the CPU normalises at a time. They stay in its cache from the bank's bytes to the last step."""
 
 
+class Pixels(NamedTuple):
+    """m images as they were prepared: rows of a tensor."""
+
+    pixels: Tensor
+    """(k, H, W, C) uint8"""
+    rows: Tensor
+    """(m,) int64: where the images are in `pixels`."""
+    classes: Tensor
+    """(m,) int64"""
+
+
 class Normalisation:
     """Subtracts the mean and divides by the standard deviation of each channel, on one device."""
 
-    def __init__(self, bank: ImageBank, config: Config, device: torch.device | str = "cpu") -> None:
+    def __init__(self, bank: BaseImages, config: Config, device: torch.device | str = "cpu") -> None:
         height, width, _ = bank.shape
         mean, std = statistics(bank, config)
         self._mean = torch.tensor(mean, device=device).repeat(height * width)  # (H*W*C,)
@@ -58,7 +71,7 @@ def to_pixels(images: Tensor, bank: ImageBank, config: Config) -> npt.NDArray[np
     return shown
 
 
-def statistics(bank: ImageBank, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(bank: BaseImages, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the normalisation, per channel on the 0 to 255 scale."""
     if config.episodes.protocol == "paper":
         return (_PAPER_MEAN,) * bank.channels, (_PAPER_STD,) * bank.channels

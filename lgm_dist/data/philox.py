@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     ERASE = 10
     ORDER = 11
     MIXUP = 12
+    SHARDS = 13
+    BUFFER = 14
     FEATURE_COPY = 16
     HOLDOUT = 17
     COPIES = 32

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import struct
 import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +24,34 @@ from lgm_dist.data.fetch import fetch
 from lgm_dist.data.manifest import ClassEntry, Manifest, Shard, SplitEntry, check_name, manifest_bytes, read_manifest
 from lgm_dist.data.png import MODES, decode
 from lgm_dist.data.source import DataSource, Sample, SplitSource
+from lgm_dist.data.tar import members
 
-__all__ = ["Manifest", "channel_statistics", "read_images", "read_manifest", "read_samples", "write_shards"]
+__all__ = [
+    "Manifest",
+    "StoredSample",
+    "channel_statistics",
+    "decode_sample",
+    "read_images",
+    "read_manifest",
+    "read_samples",
+    "read_shard",
+    "write_shards",
+]
 
 SAMPLES_PER_SHARD = 4000
 """About 26 MB of 32x32 images."""
 SPOOL = 64 * 2**20
 """Largest shard that is kept in memory while it is read, in bytes; a larger one is in a temporary file."""
+
+
+class StoredSample(NamedTuple):
+    """A sample of a shard."""
+
+    where: str
+    """Its shard and key, for errors."""
+    key: str
+    png: bytes
+    label: int
 
 
 def write_shards(source: DataSource, out: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> Path:
@@ -95,16 +115,34 @@ def read_samples(manifest: Manifest, split: Split) -> Iterator[tuple[str, bytes,
     Each shard is fetched once, and its sha256 is checked before its first sample is yielded. Raises ValueError that names the
     shard, the member if it is known, and the command that prepares the shards again.
     """
-    for _, key, png, label in _checked_samples(manifest, split):
-        yield key, png, label
+    for sample in _checked_samples(manifest, split):
+        yield sample.key, sample.png, sample.label
 
 
 def read_images(manifest: Manifest, split: Split) -> Iterator[tuple[str, npt.NDArray[np.uint8], int]]:
     """As `read_samples`, with decoded images (H, W, C): (key, image, label)."""
-    for where, key, png, label in _checked_samples(manifest, split):
-        with _blaming(manifest, where):
-            image = decode(png, manifest.shape)
-        yield key, image, label
+    for sample in _checked_samples(manifest, split):
+        yield sample.key, decode_sample(manifest, sample), sample.label
+
+
+def decode_sample(manifest: Manifest, sample: StoredSample) -> npt.NDArray[np.uint8]:
+    """The pixels of a sample, (H, W, C). Raises ValueError that names the shard and the sample."""
+    with _blaming(manifest, sample.where):
+        return decode(sample.png, manifest.shape)
+
+
+def read_shard(manifest: Manifest, split: Split, shard: Shard) -> Iterator[StoredSample]:
+    """Yield the samples of one shard in their order. It is fetched and checked as by `read_samples`, with the same errors."""
+    url, found = manifest.url(shard), 0
+    with _blaming(manifest, f"shard {url}"), _verified(url, shard, manifest) as stream:
+        for sample in group_by_keys(members(stream)):
+            where = f"shard {url}, sample {sample['__key__']}"
+            with _blaming(manifest, where):
+                label = _label(sample, len(manifest.splits[split].classes))
+            found += 1
+            yield StoredSample(where, sample["__key__"], sample["png"], label)
+        if found != shard.samples:
+            raise ValueError(f"holds {found} samples, the manifest says {shard.samples}")
 
 
 def _check_source(source: DataSource) -> None:
@@ -190,27 +228,19 @@ def _publish(scratch: Path, out: Path, name: str) -> None:
     os.replace(scratch / f"{name}.json", out / f"{name}.json")
 
 
-def _checked_samples(manifest: Manifest, split: Split) -> Iterator[tuple[str, str, bytes, int]]:
-    """Yield (shard and member, key, PNG bytes, label) of every sample of a split."""
+def _checked_samples(manifest: Manifest, split: Split) -> Iterator[StoredSample]:
+    """Yield every sample of a split."""
     entry = manifest.splits[split]
     counts: Counter[int] = Counter()
     seen: set[str] = set()
     for shard in entry.shards:
-        url = manifest.url(shard)
-        before = len(seen)
-        with _blaming(manifest, f"shard {url}"), _verified(url, shard, manifest) as stream:
-            for sample in group_by_keys(_members(stream)):
-                key = sample["__key__"]
-                where = f"shard {url}, sample {key}"
-                with _blaming(manifest, where):
-                    label = _label(sample, len(entry.classes))
-                    if key in seen:
-                        raise ValueError("occurs twice in its split")
-                seen.add(key)
-                counts[label] += 1
-                yield where, key, sample["png"], label
-            if len(seen) - before != shard.samples:
-                raise ValueError(f"holds {len(seen) - before} samples, the manifest says {shard.samples}")
+        for sample in read_shard(manifest, split, shard):
+            with _blaming(manifest, sample.where):
+                if sample.key in seen:
+                    raise ValueError("occurs twice in its split")
+            seen.add(sample.key)
+            counts[sample.label] += 1
+            yield sample
     with _blaming(manifest, f"split {split} of {manifest.location}"):
         for label, info in enumerate(entry.classes):
             if counts[label] != info.images:
@@ -249,32 +279,6 @@ def _verified(url: str, shard: Shard, manifest: Manifest) -> Iterator[IO[bytes]]
         yield copy
 
 
-def _members(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield webdataset's record of each member of one shard, in memory, and an empty record at its end.
-
-    Raises ValueError for members that `write_shards` never writes: links, devices, folders, files with holes (which may claim
-    any size), and names that lead to other folders.
-    """
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for info in tar:
-                if not info.isreg() or info.issparse():
-                    raise ValueError(f"member {info.name!r} is not a plain file")
-                if info.name.startswith("/") or ".." in info.name.split("/"):
-                    raise ValueError(f"member {info.name!r} would lie outside of its folder")
-                content = tar.extractfile(info)
-                assert content
-                yield {"fname": info.name, "data": content.read(), "__url__": ""}
-    except (
-        LookupError,
-        OverflowError,
-        RecursionError,
-        struct.error,
-    ) as fault:  # tarfile raises these for damaged headers
-        raise ValueError(f"is not a whole tar ({fault})") from fault
-    yield {}
-
-
 def _label(sample: dict[str, Any], classes: int) -> int:
     for member in ("png", "cls"):
         if member not in sample:
@@ -289,7 +293,7 @@ def _first_fault(stream: IO[bytes], shard: Shard, shape: tuple[int, int, int]) -
     """Which member of a shard with a wrong digest is visibly damaged, in words; "" if none is."""
     last, images = "its start", 0
     with suppress(OSError, ValueError, tarfile.TarError):  # the number of images shows what is cut off
-        for member in filter(None, _members(stream)):
+        for member in filter(None, members(stream)):
             last = f"member {member['fname']}"
             if last.endswith(".png"):
                 images += 1

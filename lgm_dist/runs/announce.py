@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def describe(job: Job) -> list[str]:
     return [
         f"{config.run_name}: {', then '.join(f'stage {stage.name}, {stage.task.describe()}' for stage in stages)}{resumed}",
         _machine(job, config),
-        _data(job),
+        *_data(job, config),
         *_tracking(config),
     ]
 
@@ -44,14 +45,16 @@ def _machine(job: Job, config: Config) -> str:
     return f"on the {device}, {where}: {count} Ray Train {workers} with {threads} each"
 
 
-def _data(job: Job) -> str:
+def _data(job: Job, config: Config) -> list[str]:
     manifest = read_manifest(job.manifest)
     train, val, test = (manifest.splits[split] for split in ("train", "val", "test"))
     size = " x ".join(map(str, (manifest.shape[1], manifest.shape[0], manifest.shape[2])))
     novel = f"{len(val.classes):,} classes for val, {len(test.classes):,} for test"
-    return (
-        f"data set {manifest.name}: {len(train.classes):,} base classes with {train.images:,} images of {size}; {novel}"
-    )
+    gigabytes = train.images * math.prod(manifest.shape) / 1e9
+    return [
+        f"data set {manifest.name}: {len(train.classes):,} base classes with {train.images:,} images of {size}; {novel}",
+        f"the base classes, {gigabytes:.3g} GB decoded, are streamed from {len(train.shards):,} shards",
+    ][: 1 + (config.data.stream == "always")]
 
 
 def _tracking(config: Config) -> list[str]:

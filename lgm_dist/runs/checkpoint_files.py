@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lgm_dist.config import Config
-from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import statistics
+from lgm_dist.data.streamed import BaseImages
 from lgm_dist.model import LGMNet, upgrade_state_dict
 from lgm_dist.training.evaluation import Evaluation
 
@@ -68,10 +68,9 @@ class ImageFacts:
     """Names of the base classes."""
 
     @classmethod
-    def of(cls, bank: ImageBank, config: Config) -> ImageFacts:
+    def of(cls, base: BaseImages, config: Config) -> ImageFacts:
         """The facts of the train split, normalised as the protocol does."""
-        height, width, channels = bank.images.shape[1:]
-        return cls(*statistics(bank, config), height, width, channels, bank.classes)
+        return cls(*statistics(base, config), *base.shape, base.classes)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageFacts:

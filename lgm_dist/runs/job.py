@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from lgm_dist.config import SPLITS, Config, Split, differing, marked
+from lgm_dist.config import Config, differing, marked
 from lgm_dist.data import check_episodes, open_bank
-from lgm_dist.data.bank import ImageBank
-from lgm_dist.data.labelled import check_labelled
+from lgm_dist.data.bank import fits
+from lgm_dist.data.labelled import check_labelled, classes_learned
+from lgm_dist.data.manifest import read_manifest
 from lgm_dist.data.prepare import ensure_manifest
+from lgm_dist.data.streamed import BaseImages, StreamedSplit, open_base
 from lgm_dist.extras import need
 from lgm_dist.model import build_model
 from lgm_dist.plugins import load_plugins
@@ -22,6 +24,8 @@ from lgm_dist.runs.files import write_json
 from lgm_dist.runs.folder import CONFIG, lock_run, make_folder, read_config
 from lgm_dist.runs.load import load_run, start_from
 from lgm_dist.training.loop import total_steps
+from lgm_dist.training.tasks import Banks, make_stages
+from lgm_dist.training.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -47,25 +51,27 @@ def make_job(config: Config) -> Job:
     with torch.device("meta"):  # which takes no memory
         build_model(config.model)  # raises for an unknown part and for parts that do not fit together
     manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
-    bank = open_banks(config, manifest)["train"]
-    config = config.replace(**{"model.channels": bank.channels, "model.base_outputs": _base_outputs(config, bank)})
+    base = open_banks(config, manifest)["train"]
+    decided = {"model.channels": base.channels, "model.base_outputs": _base_outputs(config, base)}
+    config = config.replace(**decided, stream="always" if isinstance(base, StreamedSplit) else config.data.stream)
     _check_other_runs(config)
     cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
-    return Job(config.to_dict(), manifest, cache, str(_claim(config, bank.digest)), threads_of(config))
+    return Job(config.to_dict(), manifest, cache, str(_claim(config, base.digest)), threads_of(config))
 
 
-def _base_outputs(config: Config, bank: ImageBank) -> int:
+def _base_outputs(config: Config, base: BaseImages) -> int:
     """Outputs of the classifier that pretraining trains; without that stage, as configured."""
     if "pretraining" not in config.run.stages:
         return config.model.base_outputs
-    return len(bank.classes) * config.pretraining.rotations
+    return len(classes_learned(config, len(base.classes))) * config.pretraining.rotations
 
 
 def _check_other_runs(config: Config) -> None:
     """Raise ValueError if the run that this one starts from, or its teacher, does not fit."""
     if config.run.start:
         start_from(config.run.start, build_model(config.model))
+        _check_held_out(config, load_run(config.run.start).config)
     if config.pretraining.teacher and "pretraining" in config.run.stages:
         theirs = load_run(config.pretraining.teacher).model.config.base_outputs
         if theirs != config.model.base_outputs:
@@ -73,6 +79,16 @@ def _check_other_runs(config: Config) -> None:
                 f"pretraining.teacher ({config.pretraining.teacher}) classifies {theirs} base classes, this run "
                 f"{config.model.base_outputs}; name a run with a stage pretraining on the same data set with the same rotations"
             )
+
+
+def _check_held_out(ours: Config, theirs: Config) -> None:
+    """Raise ValueError if classes that a run takes for unseen are not those that its backbone has not seen."""
+    left_out = [(c.run.seed, c.pretraining.holdout) for c in (ours, theirs)]
+    if ours.episodes.classes == "held_out" and left_out[0] != left_out[1]:
+        raise ValueError(
+            f"classes ('held_out') must be those that {ours.run.start} has left out, with seed {left_out[1][0]} and "
+            f"pretraining.holdout {left_out[1][1]}, not {left_out[0][0]} and {left_out[0][1]}; give the same ones"
+        )
 
 
 def _check_libraries(config: Config) -> None:
@@ -90,20 +106,40 @@ def _check_device(config: Config) -> None:
         raise ValueError("precision ('tf32') needs a GPU, and this run trains on the CPU; use --precision float32")
 
 
-def open_banks(config: Config, manifest: str) -> dict[Split, ImageBank]:
-    """The bank of each split. Raises ValueError if its images or their number do not suit the configuration."""
-    banks = {split: open_bank(manifest, split, config.data.cache) for split in SPLITS}
-    name, channels = banks["train"].name, banks["train"].channels
+def open_banks(config: Config, manifest: str) -> Banks:
+    """The images of each split. Raises ValueError if they or their number do not suit the configuration."""
+    base = open_base(manifest, config.data.cache, _streams(config, manifest))
+    banks: Banks = {
+        "train": base,
+        **{split: open_bank(manifest, split, config.data.cache) for split in ("val", "test")},
+    }
+    name, channels = base.name, base.channels
     if config.model.channels not in (0, channels):
         raise ValueError(
             f"model.channels ({config.model.channels}) must be {channels}, as the images of '{name}' have; leave "
             "--model.channels out"
         )
     if "pretraining" in config.run.stages:
-        check_labelled(banks["train"].shape, config)
+        check_labelled(base, config)
     for split, bank in banks.items():
         check_episodes(config, split, bank.name, bank.counts.tolist(), bank.classes)
     return banks
+
+
+def _streams(config: Config, manifest: str) -> bool:
+    """Whether the run streams the base classes. A run that is resumed does as before, whatever space is left now."""
+    unable = [stage.name for stage in make_stages(config, {}, Worker()) if not stage.task.streams]
+    if config.data.stream == "always" and unable:
+        raise ValueError(
+            f"stream ('always') does not suit stage {unable[0]}, which needs any image of the base classes at any time; use "
+            "--stream never"
+        )
+    if config.data.stream != "auto":
+        return config.data.stream == "always"
+    run = Path(config.run.storage) / config.run_name
+    if (run / CONFIG).exists():
+        return read_config(run).data.stream == "always"
+    return not unable and not fits(read_manifest(manifest), "train", config.data.cache)
 
 
 def _claim(config: Config, digest: str) -> Path:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lgm_dist.config import SPLITS, Config
-from lgm_dist.data import ImageBank, open_bank
+from lgm_dist.config import Config
+from lgm_dist.data import open_bank
+from lgm_dist.data.streamed import BaseImages, open_base
 from lgm_dist.model import LGMNet
 from lgm_dist.plugins import load_plugins
 from lgm_dist.runs import checkpoint
@@ -23,7 +24,7 @@ from lgm_dist.runs.metrics import MetricsLog
 from lgm_dist.runs.stop import STOP
 from lgm_dist.training.evaluation import Evaluation
 from lgm_dist.training.loop import Report, train
-from lgm_dist.training.tasks import stage_of
+from lgm_dist.training.tasks import Banks, stage_of
 from lgm_dist.training.worker import Worker
 
 
@@ -31,14 +32,15 @@ def train_fn(job: Job, worker: Worker, report: Report | None = None) -> None:
     """Train a job as one of its workers."""
     config = Config.from_dict(job.config)
     load_plugins(config)
-    banks = {split: open_bank(job.manifest, split, job.cache) for split in SPLITS}
-    train(config, banks, worker, RunRecord(job, config, worker, banks["train"]), report)
+    base = open_base(job.manifest, job.cache, config.data.stream == "always")
+    banks: Banks = {"train": base, **{split: open_bank(job.manifest, split, job.cache) for split in ("val", "test")}}
+    train(config, banks, worker, RunRecord(job, config, worker, base), report)
 
 
 class RunRecord:
     """A run's folder as `lgm_dist.training.loop.Record`."""
 
-    def __init__(self, job: Job, config: Config, worker: Worker, base: ImageBank) -> None:
+    def __init__(self, job: Job, config: Config, worker: Worker, base: BaseImages) -> None:
         self._job, self._config, self._worker, self._run = job, config, worker, Path(job.run)
         self._base = base
         self._log: MetricsLog | None = None

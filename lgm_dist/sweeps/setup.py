@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lgm_dist.config import Config
-from lgm_dist.data import check_episodes, open_bank
+from lgm_dist.data import check_episodes
 from lgm_dist.data.prepare import ensure_manifest
 from lgm_dist.runs.facts import commit
 from lgm_dist.runs.files import write_json
@@ -118,8 +118,8 @@ def _samples(space: Space, options: SweepOptions, seed: int) -> list[Sample]:
 
 def _check_images(base: Config, space: Space) -> None:
     """Raise ValueError for ways or shots of the space for which the train split is too small."""
-    bank = open_bank(base.data.name, "train", base.data.cache)
+    images = open_banks(base, base.data.name)["train"]
     for path in ("ways", "shot", "query"):
         param = space.get(path)
         for value in param.values if isinstance(param, Choice) else ():
-            check_episodes(apply(base, {path: value}), "train", bank.name, bank.counts.tolist(), bank.classes)
+            check_episodes(apply(base, {path: value}), "train", images.name, images.counts.tolist(), images.classes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,9 +43,7 @@ def fit_head(
 
     Raises ValueError if a generator changes the size of the maps, because statistics are those of the backbone's maps.
     """
-    assert isinstance(model.head, torch.nn.Module)
-    modules = [module for module in model.head.modules() if getattr(module, "needs_statistics", False)]
-    if not modules:
+    if not (modules := _modules(model)):
         return
     worker = worker or Worker()
     rows, labels = base_images(bank, images_per_class)
@@ -55,6 +55,17 @@ def fit_head(
     for module in modules:
         module.fit(found, torch.from_numpy(labels).to(found.device))
     model.train(was_training)
+
+
+def needs_statistics(model: LGMNet) -> bool:
+    """Return True if `fit_head` has something to do."""
+    return bool(_modules(model))
+
+
+def _modules(model: LGMNet) -> list[Any]:
+    """The parts of the head that take statistics."""
+    assert isinstance(model.head, torch.nn.Module)
+    return [module for module in model.head.modules() if getattr(module, "needs_statistics", False)]
 
 
 def base_images(bank: ImageBank, images_per_class: int = IMAGES_PER_CLASS) -> tuple[Index, Index]:

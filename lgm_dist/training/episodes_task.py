@@ -25,7 +25,7 @@ class Episodes(Task):
         super().__init__(config, banks, worker)
         self._on_device: DeviceBatches | None = None
         if worker.device.startswith("cuda") and "train" in banks:
-            self._on_device = DeviceBatches(banks["train"], config, worker, self.slice_of(0))
+            self._on_device = DeviceBatches(self.bank("train"), config, worker, self.slice_of(0))
 
     def describe(self) -> str:
         """The steps and the size of an episode."""
@@ -37,7 +37,7 @@ class Episodes(Task):
         if self._on_device:
             return self._on_device(step)
         first, count, _ = self.slice_of(step)
-        return sample_episodes(self.banks["train"], self.config, "train", first, count).to(self.worker.device)
+        return sample_episodes(self.bank("train"), self.config, "train", first, count).to(self.worker.device)
 
     def loss(self, model: nn.Module, batch: EpisodeBatch | DeviceBatch) -> tuple[Tensor, Tensor]:
         """Mean negative log-probability of the queries' labels (), and the accuracy ()."""
@@ -50,7 +50,7 @@ class Episodes(Task):
         """Accuracy on the episodes of val or test; None if the configuration asks for no test episodes."""
         e = self.config.episodes
         count = e.test_episodes if split == "test" else e.eval_episodes
-        return evaluate(model, self.banks[split], self.config, split, count, worker=self.worker) if count else None
+        return evaluate(model, self.bank(split), self.config, split, count, worker=self.worker) if count else None
 
     def prepare_graphs(self) -> bool:
         """One worker's step on a GPU is a CUDA graph, and so is the drawing of its episodes."""

@@ -65,12 +65,12 @@ class GeneratorTask(Episodes):
     def _features_of(self, model: LGMNet, split: Split) -> FeatureBank:
         # not before the first step: the weights of the stages before are not there when the task is made
         if split not in self._features:
-            self._features[split] = features_of(model, self.banks[split], self.config, self.worker)
+            self._features[split] = features_of(model, self.bank(split), self.config, self.worker)
         return self._features[split]
 
     def _make_samplers(self, model: LGMNet) -> list[FeatureSampler]:
         """One for each number of shots, which steps take in turn."""
-        fit_head(model, self.banks["train"], self.config, self.worker)
+        fit_head(model, self.bank("train"), self.config, self.worker)
         bank, other = self._features_of(model, "train"), self.config.generator.alternate_shot
         fit = getattr(model.generator, "fit", None)
         if fit is not None:

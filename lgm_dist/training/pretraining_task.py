@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgm_dist.config import Config, Split
+from lgm_dist.data import ImageBank
 from lgm_dist.data.labelled import ImageSampler
 from lgm_dist.data.philox import Purpose
 from lgm_dist.model import LGMNet
 from lgm_dist.training import averaging, schedule
-from lgm_dist.training.base_statistics import fit_head
+from lgm_dist.training.base_statistics import IMAGES_PER_CLASS, fit_head, needs_statistics
 from lgm_dist.training.evaluation import Evaluation, evaluate
 from lgm_dist.training.tasks import Banks, LoadNetwork, Task, register_task
 from lgm_dist.training.worker import Worker
@@ -53,11 +54,13 @@ class Pretraining(Task):
     """Step i trains on images i * batch and after of the stream of `lgm_dist.data.labelled`, each in all its rotations."""
 
     unit = "images"
+    streams = True
 
     def __init__(self, config: Config, banks: Banks, worker: Worker) -> None:
         super().__init__(config, banks, worker)
         self._sampler = ImageSampler(banks["train"], config, worker.device) if "train" in banks else None
         self._teacher: LGMNet | None = None
+        self._first: ImageBank | None = None
 
     @property
     def meta_batch(self) -> int:
@@ -130,8 +133,8 @@ class Pretraining(Task):
         count = e.test_episodes if split == "test" else e.eval_episodes
         if not count:
             return None
-        fit_head(model, self.banks["train"], self.config, self.worker)
-        return evaluate(model.without_generator(), self.banks[split], self.config, split, count, 0, self.worker)
+        self._fit_head(model)
+        return evaluate(model.without_generator(), self.bank(split), self.config, split, count, 0, self.worker)
 
     def optimizer(self, model: LGMNet) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum, or AdamW, for backbone and classifier; with averages of the weights if asked for."""
@@ -149,6 +152,12 @@ class Pretraining(Task):
         """Exchange the weights and their averages."""
         if self.config.pretraining.ema:
             averaging.exchange(optimizer)
+
+    def _fit_head(self, model: LGMNet) -> None:
+        base = self.banks["train"]
+        if needs_statistics(model):
+            self._first = self._first or (base if isinstance(base, ImageBank) else base.first_images(IMAGES_PER_CLASS))
+            fit_head(model, self._first, self.config, self.worker)
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         half = self.config.optim.precision == "bf16"

@@ -13,7 +13,7 @@ A task is registered by name, and `config.run.stages` lists the names of a run's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from lgm_dist.config import Config, Split
 from lgm_dist.data import ImageBank
+from lgm_dist.data.streamed import BaseImages
 from lgm_dist.model import LGMNet
 from lgm_dist.registry import Registry
 from lgm_dist.training import schedule
 from lgm_dist.training.evaluation import Evaluation
 from lgm_dist.training.worker import Slice, Worker
 
-Banks = dict[Split, ImageBank]
+Banks = Mapping[Split, BaseImages]
+"""The images of each split; those of train may stay in their shards."""
 LoadNetwork = Callable[[str], LGMNet]
 """Loads the network of a run's folder."""
 
@@ -42,9 +44,17 @@ class Task(ABC):
 
     unit = "items"
     """What a batch consists of, in the plural, such as episodes or images."""
+    streams = False
+    """Whether the stage can train on a train split that stays in its shards (`data.stream`)."""
 
     def __init__(self, config: Config, banks: Banks, worker: Worker) -> None:
         self.config, self.banks, self.worker = config, banks, worker
+
+    def bank(self, split: Split) -> ImageBank:
+        """The images of a split, for a task that needs any of them at any time."""
+        bank = self.banks[split]
+        assert isinstance(bank, ImageBank), "a run is refused if one of its stages cannot stream"
+        return bank
 
     @property
     def meta_batch(self) -> int:

@@ -40,4 +40,5 @@ class Gram(ClassShift):
         single = torch.stack([unit(means) @ unit(self.base), others, shots], dim=-1)  # (B, N, 3)
         to_base = self.classes(single)  # (B, N, 1)
         to_others: Tensor = mixing @ means - mixing.sum(2, keepdim=True) * means  # (B, N, F)
-        return to_others + to_base * (self.base - means)
+        moved: Tensor = to_others + to_base * (self.base - means)  # (B, N, F)
+        return moved

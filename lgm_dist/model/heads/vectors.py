@@ -110,7 +110,8 @@ def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     relative = covariance / covariance.diagonal().mean().clamp_min(_TINY)  # (D, D)
     factor = torch.linalg.cholesky((1 - shrinkage) * relative + shrinkage * identity)  # (D, D)
-    return torch.linalg.solve_triangular(factor, identity, upper=False)  # (D, D)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)  # (D, D)
+    return inverse
 
 
 def cosine_similarities(query: Tensor, others: Tensor) -> Tensor:
