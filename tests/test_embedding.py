@@ -107,9 +107,9 @@ def test_kept_maps_embed_no_view_twice(small: Config, bank: ImageBank, monkeypat
     maps = KeptMaps(network(small), bank, small, rows, Worker())
     for asked in (rows, rows[::-1]):
         for copies, flips in ((0, False), (2, False), (0, True), (2, True)):
-            assert len(maps(asked, copies, flips)) == 3
+            assert len(maps(asked, copies, flips, small.model)) == 3
     assert sum(n for n in embedded if n == 3) == 3 * (1 + 1 + 2), "the image, its mirror image, two copies"
-    torch.testing.assert_close(maps(rows, 2, True)[1], maps(rows[1:2], 2, True)[0])
+    torch.testing.assert_close(maps(rows, 2, True, small.model)[1], maps(rows[1:2], 2, True, small.model)[0])
 
 
 def slow(model: LGMNet, bank: ImageBank, config: Config, episodes: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
+from lgm_dist.model.backbones.conv4 import Conv4
 from lgm_dist.model.norm import AllReduce, Norm
 from lgm_dist.model.parts import BACKBONES, GENERATORS, HEADS, Backbone, Generator, Head
 
@@ -94,29 +95,30 @@ class LGMNet(nn.Module):
         For evaluation: the difference between the two, over the same episodes, is what the generated weights add.
         """
         config = replace(self.config, generator="none")
-        generator = GENERATORS.get("none")(config, self.backbone.channels * config.rotations)
+        generator = GENERATORS.get("none")(config, channels_of(config, self.backbone))
         return LGMNet(config, (self.backbone, generator, self.head)).train(self.training)
 
     def with_head(self, config: ModelConfig) -> LGMNet:
-        """This network with the head and the rotations that `config` names; backbone and generator are shared, not copied.
+        """This network with head, rotations and blocks as `config` says; backbone and generator are shared, not copied.
 
         The head takes over tensors of the same name and shape, such as a learned temperature. Raises ValueError as
-        `build_model`, and for other rotations than those that the generator was built for.
+        `build_model`, and for other rotations or blocks than those that the generator was built for.
         """
         generator = self.generator
-        if config.rotations != self.config.rotations:
+        ours, wanted = ((c.rotations, c.blocks) for c in (self.config, config))
+        if wanted != ours:
             if self.config.generator != "none":
                 raise ValueError(
-                    f"model.rotations ({config.rotations}) must be {self.config.rotations}, for which the generator "
-                    f"{self.config.generator!r} was trained; use model.generator none"
+                    f"model.rotations ({wanted[0]}) and model.blocks ({wanted[1]}) must be {ours[0]} and {ours[1]}, for which "
+                    f"the generator {self.config.generator!r} was trained; use model.generator none"
                 )
-            generator = GENERATORS.get("none")(config, self.backbone.channels * config.rotations)
+            generator = GENERATORS.get("none")(config, channels_of(config, self.backbone))
         head = HEADS.get(config.head)(config, generator.channels)
         assert isinstance(head, nn.Module)
         assert isinstance(self.head, nn.Module)
-        ours, theirs = head.state_dict(), self.head.state_dict()
-        kept = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
-        head.load_state_dict(ours | kept)
+        new, old = head.state_dict(), self.head.state_dict()
+        kept = {name: x for name, x in old.items() if name in new and x.shape == new[name].shape}
+        head.load_state_dict(new | kept)
         head.to(next(self.parameters()).device)
         parts = (self.backbone, generator, head)
         return LGMNet(replace(config, generator=self.config.generator), parts).train(self.training)
@@ -124,8 +126,9 @@ class LGMNet(nn.Module):
     def on_features(self) -> LGMNet:
         """This network without its backbone: its images are feature maps (B, n, F, h, w), as `embed` returns them. Generator
         and head are shared with it, not copied."""
-        channels = self.backbone.channels * self.config.rotations
-        config = replace(self.config, backbone="none", channels=channels, rotations=1, map_size=0, base_outputs=0)
+        channels = channels_of(self.config, self.backbone)
+        bare = replace(self.config, rotations=1, blocks=1, map_size=0, base_outputs=0)
+        config = replace(bare, backbone="none", channels=channels)
         backbone = BACKBONES.get("none")(config)
         return LGMNet(config, (backbone, self.generator, self.head)).train(self.training)
 
@@ -137,10 +140,17 @@ class LGMNet(nn.Module):
 
     def _features(self, images: Tensor, episodes: int) -> Tensor:
         turned = [rotated(images, r) for r in range(self.config.rotations)]
-        maps = [self.backbone(x.contiguous(memory_format=torch.channels_last), episodes) for x in turned]
+        maps = [m for x in turned for m in self._maps(x.contiguous(memory_format=torch.channels_last), episodes)]
         found = maps[0] if len(maps) == 1 else torch.cat(maps, 1)  # (n, R * F, h, w)
         size = self.config.map_size
         return F.adaptive_avg_pool2d(found, size) if size else found  # (n, R * F, size, size)
+
+    def _maps(self, images: Tensor, episodes: int) -> list[Tensor]:
+        """The backbone's maps of the images alone, (n, F, h, w) for each block that the head sees."""
+        if self.config.blocks == 1:
+            return [self.backbone(images, episodes)]
+        assert isinstance(self.backbone, Conv4)
+        return self.backbone.last_maps(images, episodes, self.config.blocks)
 
     def _check(self, support: Tensor, query: Tensor, ways: int, noise: Tensor | None) -> None:
         if support.ndim != 5 or query.ndim != 5 or support.shape[2:] != query.shape[2:] or len(support) != len(query):
@@ -153,6 +163,15 @@ class LGMNet(nn.Module):
             raise ValueError(f"ways ({ways}) must divide the {support.shape[1]} support images of an episode")
         if noise is not None and noise.shape != (len(support), 2, self.config.noise_size):
             raise ValueError(f"noise {tuple(noise.shape)} must be {(len(support), 2, self.config.noise_size)}")
+
+
+def channels_of(config: ModelConfig, backbone: Backbone) -> int:
+    """Channels of the maps that generator and head get. Raises ValueError for blocks that the backbone does not give."""
+    if config.blocks > 1 and not isinstance(backbone, Conv4):
+        raise ValueError(
+            f"model.blocks ({config.blocks}) needs the backbone conv4, not {config.backbone!r}; use --model.blocks 1"
+        )
+    return backbone.channels * config.rotations * config.blocks
 
 
 def rotated(images: Tensor, turns: int) -> Tensor:
@@ -174,5 +193,5 @@ def _todays_name(name: str) -> str:
 
 def _build_parts(config: ModelConfig) -> Parts:
     backbone = BACKBONES.get(config.backbone)(config)
-    generator = GENERATORS.get(config.generator)(config, backbone.channels * config.rotations)
+    generator = GENERATORS.get(config.generator)(config, channels_of(config, backbone))
     return backbone, generator, HEADS.get(config.head)(config, generator.channels)

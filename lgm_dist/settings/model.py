@@ -24,6 +24,8 @@ class ModelConfig:
     rotations: int = setting(1, compared=True)
     """4: the maps of an image are those of its four rotations by 90 degrees, one after the other, and the head gives each
     rotation the same weight. It suits a backbone that was pretrained with rotations. 1: the maps of the image alone."""
+    blocks: int = setting(1, compared=True)
+    """2: the maps of an image are those of the last two blocks of the backbone, which has to be conv4. 1: those of the last."""
     pool: int = setting(0, compared=True)
     """Squares a side to which the head averages the maps (0: as they are)."""
     power: float = setting(1.0, compared=True)
@@ -72,6 +74,7 @@ class ModelConfig:
         checks.positive(self, "filters", "noise_size", "norm_groups", "drop_size")
         checks.not_negative(self, "channels", "base_outputs", "map_size")
         checks.choice(self, "rotations", (1, 4))
+        checks.choice(self, "blocks", (1, 2))
         checks.choice(self, "pool", (0, 1, 2, 3, 4))
         checks.choice(self, "kernels", ("auto", "reference"))
         checks.choice(self, "norm", ("batch", "group", "instance", "layer"))

@@ -50,7 +50,7 @@ def fit_head(
     was_training = model.training
     model.eval()
     maps = maps or KeptMaps(model, bank, config, rows, worker)
-    found = maps(rows, 0, config.episodes.eval_flips, model.config.rotations)  # (n, F, h, w)
+    found = maps(rows, 0, config.episodes.eval_flips, model.config)  # (n, F, h, w)
     _check(model, found)
     for module in modules:
         module.fit(found, torch.from_numpy(labels).to(found.device))

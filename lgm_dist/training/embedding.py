@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lgm_dist.config import Config
+from lgm_dist.config import Config, ModelConfig
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.views import IMAGE, MIRRORED, load_view
 from lgm_dist.model import LGMNet
@@ -25,10 +25,9 @@ IMAGES_AT_ONCE = 1000
 
 Index = npt.NDArray[np.int64]
 Views = tuple[int, ...]
-Maps = Callable[[Index, int, bool, int], Tensor]
-"""Rows of a bank (n,), number of copies, whether to mirror, number of rotations R -> the backbone's maps (n, R * F, h, w).
-
-Those of a rotation are averaged over the other views."""
+Maps = Callable[[Index, int, bool, ModelConfig], Tensor]
+"""Rows of a bank (n,), number of copies, whether to mirror, settings of rotations and blocks -> the maps (n, F, h, w) that the
+head of such a network gets, averaged over the image, its mirror image and its copies."""
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def embed_images(
             features[i:j], codes[i:j] = model.embed(_load(bank, config, rows[i:j], IMAGE, worker))
         return worker.sum(features), worker.sum(codes)
     found = maps or KeptMaps(model, bank, config, rows, worker)
-    features = found(rows, copies, flips, model.config.rotations)  # (n, F, h, w)
+    features = found(rows, copies, flips, model.config)  # (n, F, h, w)
     return features, torch.cat([model.generator.encode(piece, 1) for piece in features.split(IMAGES_AT_ONCE)])
 
 
@@ -70,46 +69,49 @@ class KeptMaps:
     """
 
     def __init__(self, model: LGMNet, bank: ImageBank, config: Config, rows: Index, worker: Worker) -> None:
-        self._model, self._bank, self._config, self._worker = _upright(model), bank, config, worker
+        self._model, self._bank, self._config, self._worker = model.without_generator(), bank, config, worker
         self._rows = np.unique(rows)  # (m,)
-        self._sums: dict[tuple[Views, int], Tensor] = {}
+        self._sums: dict[tuple[Views, int, int], Tensor] = {}
 
-    def __call__(self, rows: Index, copies: int, flips: bool, rotations: int = 1) -> Tensor:
+    def __call__(self, rows: Index, copies: int, flips: bool, network: ModelConfig) -> Tensor:
         """See `Maps`."""
         groups: list[Views] = [(IMAGE,), (MIRRORED,) * flips, tuple(range(1, copies + 1))]
         where = torch.from_numpy(np.searchsorted(self._rows, rows)).to(self._worker.device)  # (n,)
 
         def of_rotation(turns: int) -> Tensor:
-            sums = [self._sum(views, turns) for views in groups if views]  # each (m, F, h, w)
+            sums = [self._sum(views, turns, network.blocks) for views in groups if views]  # each (m, F, h, w)
             return sum(sums[1:], sums[0])[where] / sum(map(len, groups))  # (n, F, h, w)
 
-        return torch.cat([of_rotation(turns) for turns in range(rotations)], 1)  # (n, R * F, h, w)
+        return torch.cat([of_rotation(turns) for turns in range(network.rotations)], 1)  # (n, R * F, h, w)
 
     @torch.no_grad()
-    def _sum(self, views: Views, turns: int) -> Tensor:
+    def _sum(self, views: Views, turns: int, blocks: int) -> Tensor:
         """The sum over views, rotated, of all rows (m, F, h, w)."""
-        if (views, turns) not in self._sums:
-            self._sums[views, turns] = self._worker.sum(self._own_sum(views, turns))
-        return self._sums[views, turns]
+        key = (views, turns, blocks)
+        if key not in self._sums:
+            self._sums[key] = self._worker.sum(self._own_sum(*key))
+        return self._sums[key]
 
-    def _own_sum(self, views: Views, turns: int) -> Tensor:
+    def _own_sum(self, views: Views, turns: int, blocks: int) -> Tensor:
         """The same for this worker's share of the rows; zeros for the others."""
-        one = self._embed(slice(0, 1), views[0], turns)  # gives the shape
+        network = _upright(self._model, blocks)
+        one = self._embed(network, slice(0, 1), views[0], turns)  # gives the shape
         total = one.new_zeros(len(self._rows), *one.shape[1:])  # (m, F, h, w)
         for i, j in pieces(self._worker.slice_of(0, len(self._rows)), 1):
             for view in views:
-                total[i:j] += self._embed(slice(i, j), view, turns)
+                total[i:j] += self._embed(network, slice(i, j), view, turns)
         return total
 
-    def _embed(self, place: slice, view: int, turns: int) -> Tensor:
+    def _embed(self, network: LGMNet, place: slice, view: int, turns: int) -> Tensor:
         images = _load(self._bank, self._config, self._rows[place], view, self._worker)
-        return self._model.embed(rotated(images, turns))[0]
+        return network.embed(rotated(images, turns))[0]
 
 
-def _upright(model: LGMNet) -> LGMNet:
-    """The backbone alone, without rotations."""
-    bare = model.without_generator()
-    return bare.with_head(replace(bare.config, rotations=1, head="cosine", centre=False, shrinkage=1.0))
+def _upright(model: LGMNet, blocks: int) -> LGMNet:
+    """The network without rotations and statistics, with the maps of so many blocks."""
+    return model.with_head(
+        replace(model.config, rotations=1, blocks=blocks, head="cosine", centre=False, shrinkage=1.0)
+    )
 
 
 def pieces(span: Slice, images: int) -> Iterator[tuple[int, int]]:

@@ -26,7 +26,11 @@ class Conv4(nn.Module):
 
     def forward(self, x: Tensor, episodes: int) -> Tensor:
         """x (n, C, H, W), the images of `episodes` episodes -> (n, F, h, w)."""
-        last = len(self.convs) - 1
+        return self.last_maps(x, episodes, 1)[0]
+
+    def last_maps(self, x: Tensor, episodes: int, blocks: int) -> list[Tensor]:
+        """x (n, C, H, W) -> the maps of the last `blocks` blocks, at most two, each (n, F, h, w)."""
+        last, maps = len(self.convs) - 1, []
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             assert isinstance(conv, nn.Conv2d)
             assert isinstance(norm, Norm)
@@ -39,4 +43,6 @@ class Conv4(nn.Module):
             else:
                 x = F.relu_(norm(conv(x), episodes))  # (n, F, h, w)
                 x = pool(x) if i < last else x  # (n, F, ceil(h / 2), ceil(w / 2))
-        return x
+            if i > last - blocks:
+                maps.append(x)
+        return maps

@@ -1,7 +1,7 @@
 """The vectors of an image that a head compares: its maps, pooled, to a power, centred and whitened as the settings say.
 
-Shape legend: B episodes, n images, R rotations, G channels of a map, those of one rotation after those of the other, h x w its
-size, p x p its size after pooling, D values of a vector: G * p * p, or G for a vector of each place.
+Shape legend: B episodes, n images, R parts of a map (rotations times blocks), G channels of a map, one part after the other,
+h x w its size, p x p its size after pooling, D values of a vector: G * p * p, or G for a vector of each place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TINY = 1e-12
 class Vectors(nn.Module):
     """Maps -> vectors: pooling, power, centring, whitening, each as `config` asks for it; none of them by default.
 
-    With four rotations, each has a whitening of its own, and its part of the vector is scaled to L2 norm 1.
+    With several rotations or blocks, each has a whitening of its own, and its part of the vector is scaled to L2 norm 1.
 
     Centring subtracts the mean over the base classes' images. Whitening multiplies by the inverse square root of
     (1 - s) C + s t I, with s = config.shrinkage, C the covariance within the base classes and t its mean eigenvalue, and by the
@@ -33,12 +33,12 @@ class Vectors(nn.Module):
     mean: Tensor
     """(D,): over the images of the base classes."""
     whitening: Tensor
-    """(R, D / R, D / R), lower triangular; (D, D) for one rotation."""
+    """(R, D / R, D / R), lower triangular; (D, D) for one part."""
 
     def __init__(self, config: ModelConfig, channels: int, *, places: bool = False) -> None:
         super().__init__()
         self.pool, self.power, self.shrinkage, self.places = config.pool, config.power, config.shrinkage, places
-        self.centred, self.whitened, self.rotations = config.centre, config.shrinkage < 1, config.rotations
+        self.centred, self.whitened, self.parts = config.centre, config.shrinkage < 1, config.rotations * config.blocks
         if self.needs_statistics and not (config.pool or places):
             raise ValueError(
                 f"model.pool (0) must be 1, 2, 3 or 4 for model.centre ({config.centre}) or model.shrinkage "
@@ -48,8 +48,8 @@ class Vectors(nn.Module):
         if self.centred:
             self.register_buffer("mean", torch.zeros(size))
         if self.whitened:
-            identity = torch.eye(size // self.rotations)
-            self.register_buffer("whitening", identity.repeat(self.rotations, 1, 1) if self.rotations > 1 else identity)
+            identity = torch.eye(size // self.parts)
+            self.register_buffer("whitening", identity.repeat(self.parts, 1, 1) if self.parts > 1 else identity)
 
     @property
     def needs_statistics(self) -> bool:
@@ -61,9 +61,9 @@ class Vectors(nn.Module):
         x = self._powered(maps)
         if self.centred:
             x = x - self.mean
-        if self.rotations == 1:
+        if self.parts == 1:
             return self._whitened(x, self.whitening) if self.whitened else x
-        parts = list(x.chunk(self.rotations, -1))  # each (B, n, D / R) or (B, n, p * p, G / R)
+        parts = list(x.chunk(self.parts, -1))  # each (B, n, D / R) or (B, n, p * p, G / R)
         if self.whitened:
             parts = [self._whitened(part, w) for part, w in zip(parts, self.whitening, strict=True)]
         return torch.cat([unit(part) for part in parts], -1)
@@ -78,8 +78,8 @@ class Vectors(nn.Module):
         if self.centred:
             self.mean.copy_(x.mean(0))
         if self.whitened:
-            found = [_whitening(covariance_within(part, labels), self.shrinkage) for part in x.chunk(self.rotations, 1)]
-            self.whitening.copy_(torch.stack(found) if self.rotations > 1 else found[0])
+            found = [_whitening(covariance_within(part, labels), self.shrinkage) for part in x.chunk(self.parts, 1)]
+            self.whitening.copy_(torch.stack(found) if self.parts > 1 else found[0])
 
     def _whitened(self, x: Tensor, whitening: Tensor) -> Tensor:
         """x (..., D), whitening (D, D) -> (..., D), in full precision under autocast too."""
