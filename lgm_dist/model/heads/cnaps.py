@@ -13,16 +13,13 @@ from lgm_dist.config import ModelConfig
 from lgm_dist.model.heads.vectors import Vectors, unit
 from lgm_dist.model.parts import register_head
 
-RIDGE = 1.0
-"""Share of the identity in each covariance, relative to its mean eigenvalue."""
-
 
 @register_head("cnaps")
 class Cnaps(nn.Module):
     """Softmax of minus half the squared Mahalanobis distances to the class means.
 
-    The covariance of class k is K / (K + 1) S_k + 1 / (K + 1) S + I, with S_k that of its support images and S that of all.
-    After whitening (`model.shrinkage`) the identity stands for the covariance within the base classes.
+    The covariance of class k is K / (K + 1) S_k + 1 / (K + 1) S + I, with S_k that of its support images and S that of all, of
+    vectors of L2 norm 1. After whitening (`model.shrinkage`) the identity is the covariance within the base classes.
     """
 
     def __init__(self, config: ModelConfig, channels: int) -> None:
@@ -33,7 +30,8 @@ class Cnaps(nn.Module):
         """support (B, S, G, h, w), query (B, T, G, h, w) -> log-probabilities (B, T, N)."""
         s, q = unit(self.vectors(support)), unit(self.vectors(query))  # (B, S, D), (B, T, D)
         with torch.autocast(s.device.type, enabled=False):
-            return (-_distances(s, q, ways) / 2).log_softmax(-1)  # (B, T, N)
+            log_p: Tensor = (-_distances(s, q, ways) / 2).log_softmax(-1)  # (B, T, N)
+        return log_p
 
 
 def _distances(s: Tensor, q: Tensor, ways: int) -> Tensor:
@@ -53,4 +51,5 @@ def _distances(s: Tensor, q: Tensor, ways: int) -> Tensor:
     along = torch.linalg.solve_triangular(
         torch.linalg.cholesky_ex(inner).L, a @ rest.transpose(2, 3), upper=False
     )  # (B, N, K + S, T)
-    return (rest.square().sum(3) - along.square().sum(2)).transpose(1, 2)  # (B, T, N)
+    distances: Tensor = rest.square().sum(3) - along.square().sum(2)  # (B, N, T)
+    return distances.transpose(1, 2)  # (B, T, N)

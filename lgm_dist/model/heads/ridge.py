@@ -27,7 +27,7 @@ class Ridge(nn.Module):
         super().__init__()
         self.vectors = Vectors(config, channels, places=True)
         self.temperature = nn.Parameter(torch.tensor(10.0))
-        self.log_penalty = nn.Parameter(torch.tensor(0.0))
+        self.log_penalty = nn.Parameter(torch.tensor(2.0))
         self.log_size = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
@@ -36,15 +36,18 @@ class Ridge(nn.Module):
         with torch.autocast(s.device.type, enabled=False):
             residuals = self._residuals(s.unflatten(1, (ways, -1)).flatten(2, 3), q.flatten(1, 2))  # (B, N, T * P)
         distances = residuals.unflatten(2, q.shape[1:3]).mean(3).transpose(1, 2)  # (B, T, N)
-        return (-self.temperature * distances).log_softmax(-1)  # (B, T, N)
+        log_p: Tensor = (-self.temperature * distances).log_softmax(-1)  # (B, T, N)
+        return log_p
 
     def _residuals(self, s: Tensor, q: Tensor) -> Tensor:
         """Vectors of the classes (B, N, R, G), R = K * P, and of the queries (B, T * P, G) -> squared residuals
-        (B, N, T * P)."""
+        (B, N, T * P), from inner products alone."""
         count, channels = s.shape[2:]
-        penalty = count / channels * self.log_penalty.exp()
+        penalty, size = count / channels * self.log_penalty.exp(), self.log_size.exp()
         gram = s @ s.transpose(2, 3) + penalty * torch.eye(count, dtype=s.dtype, device=s.device)  # (B, N, R, R)
         products = s @ q[:, None].transpose(2, 3)  # (B, N, R, T * P)
         shares = torch.cholesky_solve(products, torch.linalg.cholesky_ex(gram).L)  # (B, N, R, T * P)
-        found = self.log_size.exp() * shares.transpose(2, 3) @ s  # (B, N, T * P, G)
-        return (q[:, None] - found).square().sum(3)  # (B, N, T * P)
+        dot = (shares * products).sum(2)  # (B, N, T * P): of the query with its reconstruction
+        length = dot - penalty * shares.square().sum(2)  # (B, N, T * P): squared, of the reconstruction
+        residuals: Tensor = q.square().sum(2)[:, None] - 2 * size * dot + size**2 * length  # (B, N, T * P)
+        return residuals
