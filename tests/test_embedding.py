@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -197,8 +198,10 @@ def test_workers_fit_and_evaluate_together_as_one_alone(small: Config, bank: Ima
     """Three workers, in threads that sum over one another."""
     config = small.replace(eval_copies=2, eval_flips=True)
 
+    built = network(small, **CENTRED)  # here: building it in threads would share torch's random numbers
+
     def work(worker: Worker) -> tuple[Tensor, np.ndarray]:
-        model = network(small, **CENTRED)
+        model = copy.deepcopy(built)
         fit_head(model, base, config, worker, 4)
         return model.head.vectors.whitening, evaluate(model, bank, config, "val", 7, worker=worker).accuracies[
             "mean noise"

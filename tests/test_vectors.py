@@ -166,5 +166,7 @@ def test_rotations_of_a_network_can_be_switched_unless_a_generator_was_trained_f
     support, query = (torch.randn(2, n, 3, 16, 16, generator=torch.Generator().manual_seed(n)) for n in (6, 4))
     assert turned(support, query, 3).shape == (2, 4, 3)
     own = build_model(ModelConfig(filters=4, noise_size=2), seed=0)
-    with pytest.raises(ValueError, match=r"model.rotations \(4\) and model.blocks \(1\) must be 1 and 1, for which the generator 'lgm'"):
+    with pytest.raises(
+        ValueError, match=r"model.rotations \(4\) and model.blocks \(1\) must be 1 and 1, for which the generator 'lgm'"
+    ):
         own.with_head(replace(own.config, rotations=4))
