@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,12 @@ from conftest import IMAGES
 from helpers.stages import bits, history, train
 from scipy import stats
 
-from lgm_dist.config import Config, ModelConfig
+from lgm_dist.config import Config, ModelConfig, Split
 from lgm_dist.data import open_bank, stream
 from lgm_dist.data.bank import LARGEST_BANK, fits
 from lgm_dist.data.labelled import ImageSampler
-from lgm_dist.data.manifest import read_manifest
-from lgm_dist.data.shards import read_samples, read_shard, write_shards
+from lgm_dist.data.manifest import Manifest, Shard, read_manifest
+from lgm_dist.data.shards import StoredSample, read_samples, read_shard, write_shards
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 from lgm_dist.data.stream import ImageStream, StreamOrder
 from lgm_dist.data.streamed import StreamedSplit
@@ -150,11 +151,18 @@ def test_a_stream_that_begins_anywhere_goes_on_as_the_whole_one(split: StreamedS
 
 def test_a_late_start_reads_no_shard_that_is_used_up(split: StreamedSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(stream, "read_shard", lambda m, s, shard: (read.append(shard.file), read_shard(m, s, shard))[1])
+    ours = replace(split.manifest)  # a copy, since the threads of other tests may read on
+
+    def recorded(manifest: Manifest, of: Split, shard: Shard) -> Iterator[StoredSample]:
+        if manifest is ours:
+            read.append(shard.file)
+        return read_shard(manifest, of, shard)
+
+    monkeypatch.setattr(stream, "read_shard", recorded)
     order = StreamOrder(0, [shard.samples for shard in split.manifest.splits["train"].shards], BUFFER)
     shards, starts, places = order.of_epoch(0)
     start = N - 8
-    ImageStream(split, plain(seed=0))(start, 8)
+    ImageStream(StreamedSplit(ours), plain(seed=0))(start, 8)
     oldest = np.searchsorted(starts, places[start:].min(), side="right") - 1
     assert oldest >= 2
     assert read[0] == split.manifest.splits["train"].shards[shards[oldest]].file
@@ -174,6 +182,17 @@ def test_an_error_names_the_shard(
     damage(tmp_path / "copy" / "tiny-train-000002.tar")
     of = ImageStream(StreamedSplit(read_manifest(str(tmp_path / "copy" / sharded.name))), plain())
     with pytest.raises(ValueError, match=rf"shard .*tiny-train-000002\.tar: {message}.*prepare the shards again with"):
+        [of(start, 8) for start in range(0, N, 8)]
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_shard_with_another_number_of_samples_is_named(split: StreamedSplit, change: int) -> None:
+    manifest = split.manifest
+    first, *others = manifest.splits["train"].shards
+    shards = (replace(first, samples=first.samples + change), *others)
+    wrong = replace(manifest, splits=manifest.splits | {"train": replace(manifest.splits["train"], shards=shards)})
+    of = ImageStream(StreamedSplit(wrong), plain())
+    with pytest.raises(ValueError, match=rf"shard .*-000000\.tar: holds 30 samples, the manifest says {30 + change};"):
         [of(start, 8) for start in range(0, N, 8)]
 
 

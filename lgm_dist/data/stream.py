@@ -148,6 +148,5 @@ class ImageStream:
             wanted = (numbers >= part.start) & ((numbers - part.start) % stride < len(part))  # (n,)
             for shard, start, stop in zip(shards, starts, starts[1:], strict=False):
                 if wanted[start:stop].any():  # the first shards of a resumed epoch may have been used up
-                    samples = read_shard(self._manifest, self._split, self._shards[shard])
-                    found = zip(numbers[start:stop].tolist(), wanted[start:stop], samples, strict=True)
-                    yield {number: sample for number, is_wanted, sample in found if is_wanted}
+                    samples = enumerate(read_shard(self._manifest, self._split, self._shards[shard]), start)
+                    yield {int(numbers[p]): sample for p, sample in samples if p < stop and wanted[p]}
