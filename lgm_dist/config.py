@@ -200,7 +200,7 @@ def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 _PRETRAINED = ModelConfig(
-    generator="none", head="class_means", rotations=4, pool=2, power=0.5, centre=True, shrinkage=0.8
+    generator="none", head="class_means", rotations=4, blocks=2, pool=3, power=0.5, centre=True, shrinkage=0.65
 )
 _STRONG = Config.of(
     data="fc100",

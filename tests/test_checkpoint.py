@@ -123,7 +123,7 @@ def test_files_of_a_checkpoint(small: Config, tmp_path: Path) -> None:
     assert folder == tmp_path / "checkpoints" / "step-00001000"
     assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.pt"]
     meta = json.loads((folder / "state.json").read_text())
-    assert meta["state"] == {"step": 1000, "val_accuracy": 0.25, "val_ci95": 0.01}
+    assert meta["state"] == {"step": 1000, "val_accuracy": 0.25, "val_ci95": 0.01, "stage": 0}
     assert Config.from_dict(meta["config"]) == small
     assert meta["format"] == 2
     assert meta["files"] == {"state.pt": hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()}

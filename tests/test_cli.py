@@ -149,7 +149,9 @@ def test_help_explains_every_option_with_its_default_and_needs_no_torch() -> Non
         assert place is not None, name
         explained, default = text[place.end() :].split("(default: ", 1)
         shown = default.split(")", 1)[0]
-        assert shown == (" ".join(map(str, value)) if isinstance(value, tuple) else str(value) if value != "" else "''"), name
+        assert shown == (
+            " ".join(map(str, value)) if isinstance(value, tuple) else str(value) if value != "" else "''"
+        ), name
         words = re.sub(r"--model\.no-[\w-]+|--no-\w+|\{[\w,]+\}|\b(INT|FLOAT|STR)\b|,", "", explained).split()
         assert len(words) >= 3, f"{name} has no explanation"
         assert not any(word.startswith("--") for word in words), f"{name} has no default of its own"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import threading
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ def test_workers_fit_and_evaluate_together_as_one_alone(small: Config, bank: Ima
     built = network(small, **CENTRED)  # here: building it in threads would share torch's random numbers
 
     def work(worker: Worker) -> tuple[Tensor, np.ndarray]:
-        model = copy.deepcopy(built)
+        model = deepcopy(built)
         fit_head(model, base, config, worker, 4)
         return model.head.vectors.whitening, evaluate(model, bank, config, "val", 7, worker=worker).accuracies[
             "mean noise"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -170,3 +171,15 @@ def test_rotations_of_a_network_can_be_switched_unless_a_generator_was_trained_f
         ValueError, match=r"model.rotations \(4\) and model.blocks \(1\) must be 1 and 1, for which the generator 'lgm'"
     ):
         own.with_head(replace(own.config, rotations=4))
+
+
+def test_the_maps_of_two_blocks_are_those_before_and_after_the_last_convolution() -> None:
+    model = build_model(ModelConfig(**SMALL, blocks=2, head="class_means"), seed=0).eval()  # type: ignore[arg-type]
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    third, last = model.embed(images)[0].chunk(2, 1)  # (3, 4, 2, 2) each
+    backbone: Any = model.backbone
+    expected = backbone.norms[3](backbone.convs[3](third), 1).relu()
+    torch.testing.assert_close(last, expected)
+    torch.testing.assert_close(last, backbone(images, 1))
+    with pytest.raises(ValueError, match=r"^model.blocks \(2\) needs the backbone conv4, not 'resnet12'"):
+        build_model(ModelConfig(backbone="resnet12", filters=4, blocks=2))
