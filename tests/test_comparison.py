@@ -14,6 +14,7 @@ from lgm_dist.cli import evaluate as command
 from lgm_dist.config import Config
 from lgm_dist.data import ImageBank, open_bank
 from lgm_dist.model import LGMNet, build_model
+from lgm_dist.model.controls import with_other_context
 from lgm_dist.runs import checkpoint
 from lgm_dist.training.base_statistics import fit_head
 from lgm_dist.training.comparison import HEADS, Row, compare, rows_of
@@ -42,6 +43,7 @@ def test_words_become_settings_of_their_types() -> None:
     ]
     assert [type(value) for value in rows[0].values()] == [int, float, bool, bool]
     assert rows_of(["heads", "eval_copies=1"]) == [*HEADS, {"eval_copies": 1}]
+    assert rows_of(["controls"]) == [{"model.generator": "none"}, {"context": "other"}]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,7 @@ def test_words_become_settings_of_their_types() -> None:
         ("model.pol=2", r"model\.pol is no setting; did you mean model\.pool\?"),
         ("ways=5", r"compare cannot change ways, which takes training; it changes eval_copies, .*model\.shrinkage"),
         ("model.pool=two", r"compare: model\.pool \('two'\) must be of type int; write model\.pool=VALUE"),
+        ("context=mine", r"compare: context \('mine'\) must be own or other"),
         ("eval_flips", r"compare: eval_flips \(''\) must be true or false; write eval_flips=VALUE"),
     ],
 )
@@ -140,3 +143,17 @@ def test_the_command_prints_and_writes_a_table(
         score = next(iter(result["scores"].values()))
         assert f"{100 * score['accuracy']:.2f} ± {100 * score['ci95']:.2f} %" in line
         assert f"{100 * result['difference']:+.2f} ± {100 * result['difference_ci95']:.2f}" in line
+
+
+def test_controls_of_a_generator_are_the_network_without_it_and_with_the_weights_of_another_episode(
+    small: Config, banks: tuple[ImageBank, ImageBank]
+) -> None:
+    bank, base = banks
+    model = network(small)
+    own, off, other = compare(model, bank, base, [small], rows_of(["controls"]), 6)
+    expected = [
+        evaluate(m, bank, small, "val", 6) for m in (model, model.without_generator(), with_other_context(model))
+    ]
+    for row, evaluation in zip((own, off, other), expected, strict=True):
+        np.testing.assert_array_equal(row.evaluations[0].accuracies["mean noise"], evaluation.accuracies["mean noise"])
+    assert str(other) == "context=other"

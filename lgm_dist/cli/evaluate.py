@@ -41,7 +41,8 @@ class EvaluateFlags:
     """Another data set, by name or manifest (default: as in the run)."""
     compare: tuple[str, ...] = ()
     """Other settings to evaluate on the same episodes, such as "model.pool=2 eval_flips=true" or "model.head=ridge"; one value
-    for each row of the table. heads: a list of heads with one ingredient after the other."""
+    for each row of the table. heads: a list of heads with one ingredient after the other. controls: the network without its
+    generator, and with the weights of another episode (context=other)."""
     out: str = ""
     """JSON file for the results (default: evaluation-SPLIT.json, or comparison-SPLIT.json, in the run's folder)."""
     wandb: Literal["auto", "online", "offline", "disabled"] | None = None

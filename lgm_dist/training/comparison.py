@@ -13,13 +13,17 @@ from lgm_dist.config import SETTINGS, Config, find_setting, marked
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_rows
 from lgm_dist.model import LGMNet
+from lgm_dist.model.controls import with_other_context
 from lgm_dist.training.base_statistics import base_images, fit_head
 from lgm_dist.training.embedding import KeptMaps
 from lgm_dist.training.evaluation import Evaluation, Score, evaluate
 from lgm_dist.training.worker import Worker
 
 Settings = Mapping[str, Any]
-"""Settings by flag name, for one row of a comparison."""
+"""Settings by flag name, for one row of a comparison; CONTEXT too."""
+
+CONTEXT = "context"
+"""other: each episode gets the weights that another episode's support images generate. own: its own."""
 
 _ALL = {"model.head": "class_means", "model.generator": "none"}
 _COPIES = {"eval_copies": 5, "eval_flips": True}
@@ -34,11 +38,16 @@ HEADS: tuple[Settings, ...] = (
     {**_ALL, "model.pool": 1, "model.centre": True, **_COPIES, "model.power": 0.5, "model.shrinkage": 0.5},
     {**_ALL, **_BEST},
     {**_ALL, **_BEST, "model.pool": 3},
+    {**_ALL, **_BEST, "model.pool": 3, "model.rotations": 4},
+    {**_ALL, **_BEST, "model.pool": 3, "model.rotations": 4, "model.blocks": 2},
     {**_ALL, **_BEST, "model.head": "cnaps"},
     {**_ALL, **_BEST, "model.head": "logistic"},
     {**_ALL, **_COPIES, "model.power": 0.5, "model.head": "ridge"},
 )
 """`lgm-dist evaluate --compare heads`: class means with one ingredient after the other, then the other heads."""
+CONTROLS: tuple[Settings, ...] = ({"model.generator": "none"}, {CONTEXT: "other"})
+"""`lgm-dist evaluate --compare controls`: what generated weights add, and whether they depend on the episode."""
+_LISTS = {"heads": HEADS, "controls": CONTROLS}
 
 
 @dataclass(frozen=True)
@@ -89,16 +98,15 @@ def compare(
             "compare needs protocol standard, whose images are the same in all episodes; add --protocol standard"
         )
     worker = worker or Worker()
-    variants = [
-        (settings, _variant(model, settings)) for settings in ({}, *rows)
-    ]  # all, before the first takes its time
+    # all of them, before the first takes its time
+    variants = [(settings, _variant(model, settings)) for settings in ({}, *rows)]
     drawn = [draw_rows(bank, cell, bank.split, 0, episodes) for cell in cells]
     used = np.concatenate([np.unique(part) for draw in drawn for part in (draw.support, draw.query)])  # (n,)
     maps = KeptMaps(model, bank, cells[0], used, worker)
     base_maps = KeptMaps(model, base, cells[0], base_images(base)[0], worker)
     found = []
     for settings, variant in variants:
-        configs = [cell.replace(**settings) for cell in cells]
+        configs = [cell.replace(**_of_config(settings)) for cell in cells]
         if settings:
             fit_head(variant, base, configs[0], worker, maps=base_maps)
         evaluations = [evaluate(variant, bank, c, bank.split, episodes, draws, worker, maps) for c in configs]
@@ -107,11 +115,11 @@ def compare(
 
 
 def rows_of(texts: Sequence[str]) -> list[Settings]:
-    """The rows of `--compare`: "heads", or settings as in "model.pool=2 eval_flips=true".
+    """The rows of `--compare`: "heads", "controls", or settings as in "model.pool=2 eval_flips=true".
 
     Raises ValueError for a setting that a comparison cannot change, or a value of another type.
     """
-    return [row for text in texts for row in (HEADS if text == "heads" else [_settings_of(text)])]
+    return [row for text in texts for row in (_LISTS[text] if text in _LISTS else [_settings_of(text)])]
 
 
 def _settings_of(text: str) -> Settings:
@@ -121,6 +129,10 @@ def _settings_of(text: str) -> Settings:
 
 def _value_of(name: str, text: str) -> Any:
     """`text` as the type of the setting of this name."""
+    if name == CONTEXT:
+        if text not in ("own", "other"):
+            raise ValueError(f"compare: context ({text!r}) must be own or other")
+        return text
     expected, known = type(find_setting(name).default), [n for n in SETTINGS if n in marked("compared")]
     if name not in known:
         raise ValueError(f"compare cannot change {name}, which takes training; it changes {', '.join(known)}")
@@ -139,8 +151,14 @@ def _variant(model: LGMNet, settings: Settings) -> LGMNet:
             f"compare: model.generator ({generator!r}) must be none or the network's own, {model.config.generator}; another "
             "one takes training"
         )
-    config = Config(model=model.config).replace(**settings).model
-    return (model.without_generator() if generator == "none" else model).with_head(config)
+    config = Config(model=model.config).replace(**_of_config(settings)).model
+    variant = (model.without_generator() if generator == "none" else model).with_head(config)
+    return with_other_context(variant) if settings.get(CONTEXT) == "other" else variant
+
+
+def _of_config(settings: Settings) -> Settings:
+    """The settings that a configuration has."""
+    return {name: value for name, value in settings.items() if name != CONTEXT}
 
 
 def _of_episodes(evaluation: Evaluation) -> npt.NDArray[np.float64]:
