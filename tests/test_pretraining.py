@@ -18,7 +18,7 @@ from lgm_dist.data import open_bank
 from lgm_dist.model import LGMNet, build_model
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.folder import read_result
-from lgm_dist.runs.load import load_run
+from lgm_dist.runs.load import load_run, start_from
 from lgm_dist.runs.metrics import read_metrics
 from lgm_dist.training import averaging, schedule
 from lgm_dist.training.pretraining_task import Batch, Pretraining
@@ -300,3 +300,17 @@ def test_a_teacher_of_other_classes_and_a_start_of_another_backbone_are_refused(
         fit(config.replace(**{"pretraining.teacher": run}))
     with pytest.raises(ValueError, match=r"has another backbone .*8 filters.* than this run .*16"):
         fit(config.replace(start=run, **{"model.filters": 16}))
+
+
+def test_a_run_starts_from_a_backbone_with_or_without_dropping(config: Config) -> None:
+    resnet = {"model.backbone": "resnet12", "model.filters": 4, "pretraining.steps": 1, "test_episodes": 0}
+    dropping = config.replace(name="drops", **resnet, **{"model.drop_block": 0.1})
+    source = train(dropping)
+    theirs, model = load_run(source).model, build_model(config.replace(**resnet).model)
+    start_from(source, model)
+    for name, tensor in model.backbone.state_dict().items():  # type: ignore[attr-defined]
+        assert torch.equal(tensor, theirs.backbone.state_dict()[name]), name  # type: ignore[attr-defined]
+    again = build_model(dropping.model)
+    start_from(train(config.replace(name="whole", **resnet)), again)
+    calls = [t for name, t in again.backbone.state_dict().items() if name.endswith(".calls")]  # type: ignore[attr-defined]
+    assert [int(count) for count in calls] == [0] * len(calls) != []

@@ -52,12 +52,18 @@ def make_job(config: Config) -> Job:
         build_model(config.model)  # raises for an unknown part and for parts that do not fit together
     manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
     base = open_banks(config, manifest)["train"]
-    decided = {"model.channels": base.channels, "model.base_outputs": _base_outputs(config, base)}
+    decided: dict[str, Any] = {"model.channels": base.channels, "model.base_outputs": _base_outputs(config, base)}
+    decided |= {name: _absolute(config.flat()[name]) for name in ("start", "pretraining.teacher")}
     config = config.replace(**decided, stream="always" if isinstance(base, StreamedSplit) else config.data.stream)
     _check_other_runs(config)
     cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
     return Job(config.to_dict(), manifest, cache, str(_claim(config, base.digest)), threads_of(config))
+
+
+def _absolute(folder: str) -> str:
+    """The folder of another run, which workers find from any directory; empty for none."""
+    return str(Path(folder).absolute()) if folder else ""
 
 
 def _base_outputs(config: Config, base: BaseImages) -> int:

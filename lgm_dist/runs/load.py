@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lgm_dist.config import Config
 from lgm_dist.model import LGMNet
@@ -75,8 +75,13 @@ def start_from(folder: str | Path, model: LGMNet) -> None:
     Raises ValueError if there is no checkpoint, or if its backbone does not fit.
     """
     theirs = load_run(folder).model
+    assert isinstance(model.backbone, nn.Module)
+    assert isinstance(theirs.backbone, nn.Module)
+    ours = model.backbone.state_dict()
+    counters = {name for name in (*ours, *theirs.backbone.state_dict()) if name.endswith(".calls")}  # of DropBlock
+    kept = {name: tensor for name, tensor in theirs.backbone.state_dict().items() if name not in counters}
     try:
-        model.backbone.load_state_dict(theirs.backbone.state_dict())  # type: ignore[attr-defined]
+        model.backbone.load_state_dict(kept | {name: ours[name] for name in counters & ours.keys()})
     except RuntimeError:
         raise ValueError(
             f"start ({folder}) has another backbone ({theirs.config.backbone} with {theirs.config.filters} filters, norm "
