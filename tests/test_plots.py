@@ -129,13 +129,13 @@ def test_episode_asks_the_best_checkpoint_with_the_protocols_noise(
     model, config, _ = checkpoint.load_model(best)
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     asked: list[tuple[bool, bool]] = []
-    forward = LGMNet.forward
+    classify = LGMNet.classify
 
-    def spy(self: LGMNet, support: Any, query: Any, ways: int, noise: Any = None) -> Any:
+    def spy(self: LGMNet, features: Any, codes: Any, ways: int, noise: Any = None) -> Any:
         asked.append((torch.equal(self.generator.layers[0].w1, model.generator.layers[0].w1), noise is not None))  # type: ignore[arg-type]
-        return forward(self, support, query, ways, noise)
+        return classify(self, features, codes, ways, noise)
 
-    monkeypatch.setattr(LGMNet, "forward", spy)
+    monkeypatch.setattr(LGMNet, "classify", spy)
     other, bank = LGMNet(config.model), open_bank(config.data.name, "val")
     for step, saved, accuracy in ((20, other, 0.0), (24, model, 2.0), (28, other, 0.0)):  # best: once newest, once not
         checkpoint.save(tmp_path, checkpoint.TrainState(step, accuracy), saved, make_optimizer(saved, config), config)

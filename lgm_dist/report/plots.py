@@ -26,6 +26,8 @@ from lgm_dist.report.analysis import read_analysis
 from lgm_dist.runs import checkpoint
 from lgm_dist.runs.folder import read_config
 from lgm_dist.runs.metrics import read_metrics
+from lgm_dist.training.evaluation import predictions, protocol_draws
+from lgm_dist.training.worker import Worker
 
 CURVES, EPISODE, CONFUSION, WEIGHTS = "curves.png", "episode.png", "confusion.png", "weights.png"
 QUERIES_SHOWN = 8
@@ -122,8 +124,8 @@ def episode(run: Path, bank: ImageBank, index: int = 0) -> Path:
     model, config, _ = checkpoint.load_model(checkpoint.best(run))
     ways, shot = config.episode(bank.split)[:2]
     batch = sample_episodes(bank, config, bank.split, index, 1)
-    noise = batch.noise if config.episodes.protocol == "paper" else None
-    guesses = model(batch.support, batch.query, ways, noise)[0].argmax(-1).numpy()  # (T,)
+    every = predictions(model, bank, config, bank.split, index + 1, protocol_draws(config), Worker())
+    guesses = list(every)[-1][1][-1, -1].argmax(-1).numpy()  # (T,)
     labels = batch.labels[0].numpy()
     names = [bank.classes[c] for c in draw_rows(bank, config, bank.split, index, 1).classes[0]]
     shown = [np.flatnonzero(labels == way)[:QUERIES_SHOWN] for way in range(ways)]
