@@ -235,7 +235,8 @@ STAGES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "stop_before", "kept"), [("one stage", 6, 5), ("two stages", 15, 12), ("with averages", 6, 5)]
+    ("name", "stop_before", "kept"),
+    [("one stage", 6, 5), ("two stages", 15, 12), ("with averages", 6, 5), ("with averages", 15, 12)],
 )
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
     config: Config, name: str, stop_before: int, kept: int, tmp_path: Path

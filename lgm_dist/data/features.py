@@ -55,11 +55,11 @@ class Variant(NamedTuple):
         """images (m, H, W, C) -> (m, H, W, C)."""
         return images.rot90(self.turns, (1, 2)).roll(self.channels, 3)
 
-    def name(self, of: str) -> str:
-        """The name of class `of` in this variant."""
-        return f"{of}, turned {90 * self.turns}" * bool(self.turns) + f", channels {self.channels}" * bool(
-            self.channels
-        )
+    @property
+    def name(self) -> str:
+        """What it adds to the name of a class."""
+        turned, moved = f", turned {90 * self.turns}", f", channels {self.channels}"
+        return turned * bool(self.turns) + moved * bool(self.channels)
 
 
 def variants_of(config: Config, split: Split) -> list[Variant]:
@@ -67,6 +67,17 @@ def variants_of(config: Config, split: Split) -> list[Variant]:
     wanted = config.generator.variants if split == "train" else "none"
     turns = range(4 if wanted in ("rotations", "all") else 1)
     return [Variant(*both) for both in product(turns, range(3 if wanted in ("channels", "all") else 1))]
+
+
+def check_variants(shape: tuple[int, int, int], config: Config) -> None:
+    """Raise ValueError for variants that images of `shape` H, W, C cannot have."""
+    (height, width, channels), variants = shape, variants_of(config, "train")
+    if any(v.turns % 2 for v in variants) and height != width:
+        raise ValueError(
+            f"generator.variants (rotations) need square images, and these are {width} x {height}; use none or channels"
+        )
+    if any(v.channels for v in variants) and channels == 1:
+        raise ValueError("generator.variants (channels) need colour images, and these are grey; use none or rotations")
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ def open_features(bank: ImageBank, config: Config, embed: Embed, network: str) -
     make_once(path, 4 * int(np.prod(shape)), partial(_write, copies, embed))
     features = np.asarray(np.memmap(path, np.float32, "r", shape=shape))  # (n, A, h, w, F)
     counts = np.tile(bank.counts[copies.used], len(copies.variants))  # (classes,)
-    classes = tuple(bank.classes[c] + v.name("") for v in copies.variants for c in copies.used)
+    classes = tuple(bank.classes[c] + v.name for v in copies.variants for c in copies.used)
     return FeatureBank(bank.name, bank.split, features, np.cumsum([0, *counts], dtype=np.int64), classes)
 
 
@@ -156,7 +167,7 @@ class _Copies:
 
     def __init__(self, bank: ImageBank, config: Config) -> None:
         self.bank, self.variants = bank, variants_of(config, bank.split)
-        self._check()
+        check_variants(bank.shape, config)
         self._augmentations = [make(bank.shape) for make in augmentations_of(config, bank.split)]
         self.count = config.generator.copies if self._augmentations else 1
         self.used = episode_classes(config, bank.split, len(bank.classes))  # (classes,)
@@ -204,17 +215,6 @@ class _Copies:
             return images
 
         return self._normalise(self.bank.tensor, rows, change)  # (m, C, H, W)
-
-    def _check(self) -> None:
-        height, width, channels = self.bank.shape
-        if any(v.turns % 2 for v in self.variants) and height != width:
-            raise ValueError(
-                f"generator.variants (rotations) need square images, and these are {width} x {height}; use none or channels"
-            )
-        if any(v.channels for v in self.variants) and channels == 1:
-            raise ValueError(
-                "generator.variants (channels) need colour images, and these are grey; use none or rotations"
-            )
 
 
 class FeatureSampler:

@@ -11,7 +11,7 @@ from lgm_dist.model.parts import Generator, Weights
 class OtherContext(nn.Module):
     """A generator that gives each episode of a batch the weights of the episode before it, and the first those of the last.
 
-    A batch needs two episodes: the weights of one alone are its own.
+    A batch needs two episodes.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -24,7 +24,11 @@ class OtherContext(nn.Module):
         return self.generator.encode(features, episodes)
 
     def generate(self, codes: Tensor, ways: int, noise: Tensor | None) -> Weights:
-        """The generator's weights from the codes (B, S, E) of the other episodes."""
+        """The generator's weights from the codes (B, S, E) of the other episodes. Raises ValueError for one episode alone."""
+        if len(codes) < 2:
+            raise ValueError(
+                "context=other needs two episodes in a batch; lower the number of workers, or leave it out"
+            )
         return self.generator.generate(codes.roll(1, 0), ways, noise)
 
     def transform(self, features: Tensor, weights: Weights) -> Tensor:

@@ -138,9 +138,9 @@ def newest(run: Path) -> Path:
 
 
 def best(run: Path) -> Path:
-    """Folder of the run's checkpoint of its latest stage with the highest val accuracy; the earliest of equals."""
+    """Folder of the evaluated checkpoint of the latest stage with the highest val accuracy; the earliest of equals."""
     states = _some_states(run)
-    return max(states, key=lambda f: (states[f].stage, states[f].val_accuracy))  # max takes the first of equals
+    return max(states, key=lambda folder: states[folder].rank)  # max takes the first of equals
 
 
 def _some_states(run: Path) -> dict[Path, TrainState]:

@@ -48,6 +48,11 @@ class TrainState:
     stage: int = 0
     """Number of the stage that the last of the steps belongs to."""
 
+    @property
+    def rank(self) -> tuple[bool, int, float]:
+        """The larger, the better: evaluated before not evaluated, later stages before earlier ones, then by accuracy."""
+        return self.val_accuracy >= 0, self.stage, self.val_accuracy
+
     @classmethod
     def after(cls, step: int, val: Evaluation | None, stage: int = 0) -> TrainState:
         """The state after `step` steps, the last one of stage `stage`, and possibly an evaluation on val."""

@@ -12,7 +12,7 @@ import torch
 from lgm_dist.config import Config, differing, marked
 from lgm_dist.data import check_episodes, open_bank
 from lgm_dist.data.bank import fits
-from lgm_dist.data.labelled import check_labelled, classes_learned
+from lgm_dist.data.labelled import classes_learned
 from lgm_dist.data.manifest import read_manifest
 from lgm_dist.data.prepare import ensure_manifest
 from lgm_dist.data.streamed import BaseImages, StreamedSplit, open_base
@@ -53,37 +53,46 @@ def make_job(config: Config) -> Job:
     manifest = ensure_manifest(config.data.name, config.data.root, config.data.source)
     base = open_banks(config, manifest)["train"]
     decided: dict[str, Any] = {"model.channels": base.channels, "model.base_outputs": _base_outputs(config, base)}
-    decided |= {name: _absolute(config.flat()[name]) for name in ("start", "pretraining.teacher")}
-    config = config.replace(**decided, stream="always" if isinstance(base, StreamedSplit) else config.data.stream)
-    _check_other_runs(config)
+    config = config.replace(
+        **decided, **other_runs(config), stream="always" if isinstance(base, StreamedSplit) else config.data.stream
+    )
+    _check_other_runs(config, base.classes)
     cache = str(Path(config.data.cache).absolute()) if config.data.cache else ""
     manifest = manifest if "://" in manifest else str(Path(manifest).absolute())
     return Job(config.to_dict(), manifest, cache, str(_claim(config, base.digest)), threads_of(config))
 
 
-def _absolute(folder: str) -> str:
-    """The folder of another run, which workers find from any directory; empty for none."""
-    return str(Path(folder).absolute()) if folder else ""
+def other_runs(config: Config) -> dict[str, str]:
+    """The settings that name other runs, with absolute folders, which workers find from any directory."""
+    named = {"start": config.run.start, "pretraining.teacher": config.pretraining.teacher}
+    return {name: str(Path(folder).absolute()) if folder else "" for name, folder in named.items()}
 
 
 def _base_outputs(config: Config, base: BaseImages) -> int:
     """Outputs of the classifier that pretraining trains; without that stage, as configured."""
     if "pretraining" not in config.run.stages:
-        return config.model.base_outputs
+        start = config.run.start
+        return config.model.base_outputs or (load_run(start).config.model.base_outputs if start else 0)
     return len(classes_learned(config, len(base.classes))) * config.pretraining.rotations
 
 
-def _check_other_runs(config: Config) -> None:
-    """Raise ValueError if the run that this one starts from, or its teacher, does not fit."""
+def _check_other_runs(config: Config, classes: tuple[str, ...]) -> None:
+    """Raise ValueError if the run that this one starts from, or its teacher, does not fit a run on these base classes."""
     if config.run.start:
         start_from(config.run.start, build_model(config.model))
         _check_held_out(config, load_run(config.run.start).config)
-    if config.pretraining.teacher and "pretraining" in config.run.stages:
-        theirs = load_run(config.pretraining.teacher).model.config.base_outputs
-        if theirs != config.model.base_outputs:
+    teacher = config.pretraining.teacher
+    if teacher and "pretraining" not in config.run.stages:
+        raise ValueError(f"pretraining.teacher ({teacher}) needs a stage pretraining; leave it out")
+    if teacher:
+        run = load_run(teacher)
+        theirs = run.model.config.base_outputs
+        names = run.images.classes if run.images else ()
+        left_out = [(c.run.seed, c.pretraining.holdout) for c in (config, run.config) if c.pretraining.holdout]
+        if theirs != config.model.base_outputs or names != classes or len(set(left_out)) > 1:
             raise ValueError(
-                f"pretraining.teacher ({config.pretraining.teacher}) classifies {theirs} base classes, this run "
-                f"{config.model.base_outputs}; name a run with a stage pretraining on the same data set with the same rotations"
+                f"pretraining.teacher ({teacher}) classifies {theirs} base classes, this run {config.model.base_outputs}; name "
+                "a run with a stage pretraining on the same classes of the same data set, with the same rotations"
             )
 
 
@@ -125,8 +134,13 @@ def open_banks(config: Config, manifest: str) -> Banks:
             f"model.channels ({config.model.channels}) must be {channels}, as the images of '{name}' have; leave "
             "--model.channels out"
         )
-    if "pretraining" in config.run.stages:
-        check_labelled(base, config)
+    height, width, _ = base.shape
+    if config.model.rotations == 4 and height != width:
+        raise ValueError(
+            f"model.rotations (4) needs square images, and these are {width} x {height}; use --model.rotations 1"
+        )
+    for stage in make_stages(config, {}, Worker()):
+        stage.task.check(base)
     for split, bank in banks.items():
         check_episodes(config, split, bank.name, bank.counts.tolist(), bank.classes)
     return banks

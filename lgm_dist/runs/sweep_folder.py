@@ -58,7 +58,7 @@ class Trial:
     @cached_property
     def checkpoint(self) -> Path | None:
         """The checkpoint with the best val accuracy (of equal ones, the earliest); None before the first evaluation."""
-        return max(self._states, key=lambda folder: self._states[folder].val_accuracy, default=None)
+        return max(self._states, key=lambda folder: self._states[folder].rank, default=None)
 
     @property
     def best(self) -> TrainState | None:

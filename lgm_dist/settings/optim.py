@@ -1,4 +1,4 @@
-"""The settings of the optimizer of an episodic stage."""
+"""The settings of the optimizer of an episodic stage, and of the arithmetic of all stages."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class PretrainingConfig:
     augmentations: tuple[str, ...] = setting(("crop", "flip", "jitter"), not_searched="all trials augment alike")
     """Names of the augmentations of the images, in this order."""
     optimizer: Literal["sgd", "adam"] = setting("sgd")
-    """sgd: with Nesterov momentum. adam: AdamW, as in an episodic stage."""
+    """sgd: with Nesterov momentum. adam: AdamW."""
     lr: float = setting(0.1)
     """Highest learning rate."""
     momentum: float = setting(0.9)

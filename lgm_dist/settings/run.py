@@ -25,7 +25,8 @@ class RunConfig:
     plugins: tuple[str, ...] = setting((), resumable=True, not_searched=SWEEP)
     """Python modules to import, which register data sets, augmentations, backbones, generators, heads or tasks of your own."""
     seed: int = setting(0, basic=True)
-    """Seed of the initial weights and of the training episodes, their augmentation and noise."""
+    """Seed of the initial weights, of the training images and episodes, their order, augmentation and noise, and of the classes
+    that pretraining leaves out."""
     workers: int = setting(1, most=4096, basic=True, resumable=True, not_searched=MACHINE)
     """Ray Train workers; 0 trains in this process, without Ray. On the command line also MIN:MAX, see max_workers."""
     max_workers: int = setting(0, most=4096, resumable=True, not_searched=MACHINE)

@@ -12,7 +12,7 @@ from lgm_dist.data.prepare import ensure_manifest
 from lgm_dist.runs.facts import commit
 from lgm_dist.runs.files import write_json
 from lgm_dist.runs.folder import make_folder
-from lgm_dist.runs.job import open_banks
+from lgm_dist.runs.job import open_banks, other_runs
 from lgm_dist.runs.sweep_folder import SWEEP
 from lgm_dist.sweeps.options import SweepOptions
 from lgm_dist.sweeps.spaces import (
@@ -56,6 +56,7 @@ def set_up(folder: Path, config: Config, options: SweepOptions, spaces: Mapping[
     for sample in samples:
         apply(base, sample)  # raises for combinations that are impossible
     _check_images(base, space)
+    _check_generator(base, space)
     spec: dict[str, Any] = {
         "space": options.space,
         "search": options.search,
@@ -78,6 +79,11 @@ def set_up(folder: Path, config: Config, options: SweepOptions, spaces: Mapping[
 
 def _base(config: Config, options: SweepOptions) -> Config:
     """The configuration that all trials start from: evaluation on the target, absolute paths, no evaluation on test."""
+    if "pretraining" in config.run.stages:
+        raise ValueError(
+            f"stages ({' '.join(config.run.stages)}): a sweep does not train stage pretraining; train it once with lgm-dist "
+            "train, and give the sweep --start RUN"
+        )
     if config.run.max_workers:
         raise ValueError(
             f"workers ({config.run.workers}:{config.run.max_workers}) must be one number; trials are not elastic"
@@ -87,6 +93,7 @@ def _base(config: Config, options: SweepOptions) -> Config:
         data=manifest if "://" in manifest else str(Path(manifest).absolute()),
         cache=str(Path(config.data.cache).absolute()) if config.data.cache else "",
         storage=str(Path(config.run.storage).absolute()),
+        **other_runs(config),
         eval_ways=options.target_ways,
         eval_shot=options.target_shot,
         cpus_per_worker=config.run.cpus_per_worker or 1,
@@ -114,6 +121,19 @@ def _samples(space: Space, options: SweepOptions, seed: int) -> list[Sample]:
     if options.search == "grid":
         return all_samples(space)
     return random_samples(space, options.samples, seed) if options.search == "random" else []
+
+
+def _check_generator(base: Config, space: Space) -> None:
+    """Raise ValueError if no stage reads what the space searches over, or if there are no classes that were left out."""
+    found = [path for path in space if path.startswith("generator.") or path == "classes"]
+    if found and "generator" not in base.run.stages:
+        raise ValueError(f"space key {found[0]!r} needs stage generator; give --stages generator --start RUN")
+    param = space.get("classes")
+    if isinstance(param, Choice) and "held_out" in param.values and not base.pretraining.holdout:
+        raise ValueError(
+            "space key 'classes' has held_out, but pretraining.holdout is 0; give the --pretraining.holdout and the --seed of "
+            "the run that --start names"
+        )
 
 
 def _check_images(base: Config, space: Space) -> None:

@@ -25,7 +25,9 @@ Settings = Mapping[str, Any]
 CONTEXT = "context"
 """other: each episode gets the weights that another episode's support images generate. own: its own."""
 
-_ALL = {"model.head": "class_means", "model.generator": "none"}
+_PLAIN = {name: place.default for name, place in SETTINGS.items() if name in marked("compared")}
+"""What a comparison can change, at its default."""
+_ALL = {**_PLAIN, "model.head": "class_means", "model.generator": "none"}
 _COPIES = {"eval_copies": 5, "eval_flips": True}
 _BEST = {"model.pool": 2, "model.power": 0.5, "model.centre": True, "model.shrinkage": 0.8, **_COPIES}
 HEADS: tuple[Settings, ...] = (
@@ -63,8 +65,10 @@ class Row:
         return [Score.of(_of_episodes(ours) - _of_episodes(theirs)) for ours, theirs in pairs]
 
     def __str__(self) -> str:
-        words = (f"{name}={str(value).lower()}" for name, value in self.settings.items())
-        return " ".join(words) or "as trained"
+        shown = self.settings
+        if shown.keys() == _PLAIN.keys():  # a row of HEADS, which inherits nothing from the run
+            shown = {name: value for name, value in shown.items() if name == "model.head" or value != _PLAIN[name]}
+        return " ".join(f"{name}={str(value).lower()}" for name, value in shown.items()) or "as trained"
 
 
 def compare(
@@ -151,6 +155,8 @@ def _variant(model: LGMNet, settings: Settings) -> LGMNet:
             f"compare: model.generator ({generator!r}) must be none or the network's own, {model.config.generator}; another "
             "one takes training"
         )
+    if settings.get(CONTEXT) == "other" and generator == "none":
+        raise ValueError("compare: context=other needs a network with a generator, and this one has none; leave it out")
     config = Config(model=model.config).replace(**_of_config(settings)).model
     variant = (model.without_generator() if generator == "none" else model).with_head(config)
     return with_other_context(variant) if settings.get(CONTEXT) == "other" else variant

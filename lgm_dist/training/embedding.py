@@ -98,6 +98,7 @@ class KeptMaps:
         one = self._embed(network, slice(0, 1), views[0], turns)  # gives the shape
         total = one.new_zeros(len(self._rows), *one.shape[1:])  # (m, F, h, w)
         for i, j in pieces(self._worker.slice_of(0, len(self._rows)), 1):
+            self._worker.heartbeat()
             for view in views:
                 total[i:j] += self._embed(network, slice(i, j), view, turns)
         return total
@@ -117,9 +118,11 @@ def _upright(model: LGMNet, blocks: int) -> LGMNet:
 def pieces(span: Slice, images: int) -> Iterator[tuple[int, int]]:
     """Cut a range (start, count) of items of `images` images each into parts [first, last) of about IMAGES_AT_ONCE images."""
     start, count = span[:2]
-    size = max(IMAGES_AT_ONCE // images, 1)
-    for first in range(start, start + count, size):
-        yield first, min(first + size, start + count)
+    size, last, first = max(IMAGES_AT_ONCE // images, 2), start + count, start
+    while first < last:
+        end = first + size if last - first > size + 1 else last  # no part of one item, unless there is no more
+        yield first, end
+        first = end
 
 
 def _load(bank: ImageBank, config: Config, rows: Index, view: int, worker: Worker) -> Tensor:

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from lgm_dist.config import Config, Split
 from lgm_dist.data import EpisodeBatch, sample_episodes
+from lgm_dist.data.streamed import BaseImages
 from lgm_dist.model import LGMNet
+from lgm_dist.model.parts import GENERATORS
 from lgm_dist.training.device_batches import DeviceBatch, DeviceBatches
 from lgm_dist.training.evaluation import Evaluation, evaluate
 from lgm_dist.training.tasks import Banks, Task, register_task
@@ -31,6 +33,20 @@ class Episodes(Task):
         """The steps and the size of an episode."""
         ways, shot, query, _ = self.config.episode("train")
         return f"{super().describe()} ({ways}-way {shot}-shot {query}-query)"
+
+    def check(self, base: BaseImages) -> None:
+        """See Task."""
+        del base
+        model = self.config.model
+        if model.centre or model.shrinkage < 1:
+            raise ValueError(
+                f"model.centre ({model.centre}) and model.shrinkage ({model.shrinkage}) need statistics of a backbone that "
+                "stays as it is; leave them out of stage episodes, or use stage generator"
+            )
+        if hasattr(GENERATORS.get(model.generator), "fit"):
+            raise ValueError(
+                f"model.generator ({model.generator!r}) needs to know the base classes; train it in stage generator"
+            )
 
     def batch(self, step: int) -> EpisodeBatch | DeviceBatch:
         """This worker's episodes of the step."""

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from lgm_dist.config import Config, Split
-from lgm_dist.data import EpisodeBatch
-from lgm_dist.data.features import FeatureBank, FeatureSampler
-from lgm_dist.model import LGMNet
+from lgm_dist.data import EpisodeBatch, check_episodes
+from lgm_dist.data.features import FeatureBank, FeatureSampler, check_variants
+from lgm_dist.data.streamed import BaseImages
+from lgm_dist.model import LGMNet, build_model
 from lgm_dist.training import schedule
 from lgm_dist.training.base_statistics import fit_head
 from lgm_dist.training.episodes_task import Episodes
@@ -21,7 +22,10 @@ from lgm_dist.training.worker import Worker
 @register_task("generator")
 class GeneratorTask(Episodes):
     """Step i trains on episodes i * meta_batch and after of the feature bank of split train; the backbone stays as the stages
-    before, or another run, have left it."""
+    before, or another run, have left it.
+
+    The evaluations on val see the images alone, that on test their copies and mirror images too, if configured.
+    """
 
     def __init__(self, config: Config, banks: Banks, worker: Worker) -> None:
         super().__init__(config, {}, worker)  # without banks: it makes no batches of images
@@ -33,6 +37,23 @@ class GeneratorTask(Episodes):
         self._model: LGMNet | None = None
         self._features: dict[Split, FeatureBank] = {}
         self._samplers: list[FeatureSampler] = []
+
+    def check(self, base: BaseImages) -> None:
+        """See Task."""
+        config = self.config
+        if not config.run.start and config.run.stages[0] == "generator":
+            raise ValueError(
+                "stages ('generator') needs a trained backbone; give --start RUN, or put pretraining before it"
+            )
+        model = build_model(config.model)
+        if not any(True for _ in model.on_features().parameters()):
+            raise ValueError(
+                f"stages ('generator'): neither model.generator ({config.model.generator!r}) nor model.head "
+                f"({config.model.head!r}) has weights to train; use --model.generator low_rank"
+            )
+        check_variants(base.shape, config)
+        if other := config.generator.alternate_shot:
+            check_episodes(config.replace(shot=other), "train", base.name, base.counts.tolist(), base.classes)
 
     def module(self, model: LGMNet) -> nn.Module:
         """Generator and head, as a network whose images are feature maps."""

@@ -128,7 +128,8 @@ def train_stage(
         record.log(done, metrics, late=not keep and worker.device != "cpu")
         if keep:
             folder = record.save(done, model, optimizer, val)
-            task.exchange(optimizer)
+            if done < stage.last:  # the next stage goes on from the weights that are kept
+                task.exchange(optimizer)
             if report:
                 report(done, metrics, folder)
         if stop:

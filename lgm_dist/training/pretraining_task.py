@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from lgm_dist.config import Config, Split
 from lgm_dist.data import ImageBank
-from lgm_dist.data.labelled import ImageSampler
+from lgm_dist.data.labelled import ImageSampler, check_labelled
 from lgm_dist.data.philox import Purpose
+from lgm_dist.data.streamed import BaseImages
 from lgm_dist.model import LGMNet
 from lgm_dist.training import averaging, schedule
 from lgm_dist.training.base_statistics import IMAGES_PER_CLASS, fit_head, needs_statistics
@@ -86,6 +87,20 @@ class Pretraining(Task):
         """The steps and the rotations."""
         turned = " in 4 rotations" if self.config.pretraining.rotations == 4 else ""
         return f"{super().describe()}{turned}"
+
+    def check(self, base: BaseImages) -> None:
+        """See Task."""
+        check_labelled(base, self.config)
+        model = self.config.model
+        if model.norm == "batch" and model.norm_scope == "episode":
+            raise ValueError(
+                "model.norm_scope ('episode') does not suit stage pretraining, which has no episodes; use global"
+            )
+        if self.config.run.stages[-1] == "pretraining" and model.generator != "none":
+            raise ValueError(
+                f"model.generator ({model.generator!r}) is not trained by stage pretraining; add a stage that trains it, or "
+                "use --model.generator none"
+            )
 
     def module(self, model: LGMNet) -> nn.Module:
         """The backbone and the classifier."""

@@ -84,6 +84,10 @@ class Task(ABC):
         """The size of the stage in words."""
         return f"{self.steps:,} steps of {self.meta_batch:,} {self.unit}"
 
+    def check(self, base: BaseImages) -> None:
+        """Raise ValueError if the configuration does not suit the stage or its images. Called before a run starts."""
+        del base
+
     def module(self, model: LGMNet) -> nn.Module:
         """The part of the network that the stage trains. It shares its parameters with `model`; those that its forward pass
         does not use must not require a gradient."""

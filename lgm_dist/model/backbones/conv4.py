@@ -18,6 +18,11 @@ class Conv4(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.drop_block or config.pool_last:
+            raise ValueError(
+                f"model.drop_block ({config.drop_block}) and model.pool_last ({config.pool_last}) are for resnet12, not for "
+                "conv4; leave them out"
+            )
         self.channels = config.filters
         self.kernels = config.kernels
         inputs = (config.channels, config.filters, config.filters, config.filters)

@@ -33,7 +33,7 @@ class Projection(ClassLevel):
         ridge = (size * ridge.clamp(-9, 9).exp())[:, None, None] * torch.eye(
             gram.shape[1], dtype=gram.dtype, device=gram.device
         )  # (B, N, N)
-        return rows, torch.linalg.solve(gram + ridge, rows), centre, share.tanh()
+        return rows, torch.linalg.solve_ex(gram + ridge, rows)[0], centre, share.tanh()
 
     def transform(self, features: Tensor, weights: Weights) -> Tensor:
         """features (B, n, F, h, w) -> (B, n, F, h, w)."""

@@ -37,7 +37,7 @@ class Logistic(nn.Module):
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """support (B, S, G, h, w), query (B, T, G, h, w) -> log-probabilities (B, T, N)."""
         s, q = unit(self.vectors(support)), unit(self.vectors(query))  # (B, S, D), (B, T, D)
-        labels = F.one_hot(torch.arange(ways, device=s.device).repeat_interleave(s.shape[1] // ways)).to(
+        labels = F.one_hot(torch.arange(ways, device=s.device).repeat_interleave(s.shape[1] // ways), ways).to(
             s.dtype
         )  # (S, N)
         with torch.autocast(s.device.type, enabled=False):
