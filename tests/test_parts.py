@@ -105,7 +105,11 @@ def test_parts_from_outside_the_package_train_a_step(names: dict[str, str]) -> N
 
 @pytest.mark.parametrize("part", ["backbone", "generator", "head"])
 def test_an_unknown_name_is_refused_with_the_known_ones(part: str) -> None:
-    known = {"backbone": "conv4, resnet12, .*tiny, torchvision:NAME", "generator": "lgm, none, scales", "head": "class_means, cosine, distance"}[part]
+    known = {
+        "backbone": "conv4, resnet12, .*tiny, torchvision:NAME",
+        "generator": "lgm, none, scales",
+        "head": "class_means, cosine, distance",
+    }[part]
     with pytest.raises(ValueError, match=rf"model\.{part} \('resnet99'\) must be one of {known}; .*register_{part}"):
         build_model(ModelConfig(**SMALL, **{part: "resnet99"}))
 
