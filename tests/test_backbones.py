@@ -141,7 +141,7 @@ def test_resnet12_is_the_plain_layers(pool_last: bool, channels: int, size: int,
 
 @pytest.mark.parametrize(
     ("name", "channels", "width", "side"),
-    [("resnet18", 3, 512, 4), ("resnet18", 1, 512, 4), ("mobilenet_v3_small", 3, 576, 2), ("mobilenet_v2", 3, 1280, 2)],
+    [("resnet18", 3, 512, 4), ("mobilenet_v3_small", 1, 576, 2), ("mobilenet_v2", 3, 1280, 2)],
 )
 def test_a_network_of_torchvision_is_torchvisions_own(name: str, channels: int, width: int, side: int) -> None:
     backbone = build(backbone=f"torchvision:{name}", channels=channels).backbone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_the_gradient_passes_where_nothing_was_dropped() -> None:
     assert ((x.grad == 0) == (y == 0)).all()
 
 
-def network(share: float) -> torch.nn.Module:
+def network(share: float) -> Any:
     config = ModelConfig(backbone="resnet12", generator="none", filters=4, drop_block=share)
     return build_model(config).train().backbone
 

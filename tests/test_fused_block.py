@@ -29,6 +29,9 @@ CASES = [
     (4, 24, 7, 4, torch.bfloat16, True),
     (3, 64, 4, 4, torch.bfloat16, False),
     (2, 80, 3, 3, torch.float32, True),
+    (2, 32, 4, 3, torch.float32, True),
+    (2, 96, 3, 4, torch.bfloat16, True),
+    (2, 128, 3, 3, torch.float32, True),
     (2, 5, 1, 4, torch.float32, True),
     (2, 24, 1, 1, torch.float32, False),
 ]
