@@ -39,6 +39,6 @@ class Gram(ClassShift):
         mixing = self.pairs(torch.stack([x.expand_as(matrix) for x in pair], dim=-1))[..., 0]  # (B, N, N)
         single = torch.stack([unit(means) @ unit(self.base), others, shots], dim=-1)  # (B, N, 3)
         to_base = self.classes(single)  # (B, N, 1)
-        to_others: Tensor = mixing @ means - mixing.sum(2, keepdim=True) * means  # (B, N, F)
-        moved: Tensor = to_others + to_base * (self.base - means)  # (B, N, F)
-        return moved
+        shift: Tensor = mixing @ means - mixing.sum(2, keepdim=True) * means  # (B, N, F)
+        shift += to_base * (self.base - means)
+        return shift
