@@ -17,7 +17,9 @@ from lgm_dist.config import Config, ModelConfig, PretrainingConfig
 from lgm_dist.data import open_bank
 from lgm_dist.model import LGMNet, build_model
 from lgm_dist.runs import checkpoint
+from lgm_dist.runs.checkpoint import TrainState
 from lgm_dist.runs.folder import read_result
+from lgm_dist.runs.job import make_job
 from lgm_dist.runs.load import load_run, start_from
 from lgm_dist.runs.metrics import read_metrics
 from lgm_dist.training import averaging, schedule
@@ -315,3 +317,40 @@ def test_a_run_starts_from_a_backbone_with_or_without_dropping(config: Config) -
     start_from(train(config.replace(name="whole", **resnet)), again)
     calls = [t for name, t in again.backbone.state_dict().items() if name.endswith(".calls")]  # type: ignore[attr-defined]
     assert [int(count) for count in calls] == [0] * len(calls) != []
+
+
+GENERATING = {"stages": ("generator",), "model.generator": "low_rank"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.generator": "lgm"}, r"model.generator \('lgm'\) is not trained by stage pretraining"),
+        ({"model.norm_scope": "episode"}, "does not suit stage pretraining"),
+        ({"stages": ("episodes",), "model.pool": 1, "model.centre": True}, "need statistics of a backbone"),
+        ({"stages": ("episodes",), "model.generator": "gram"}, "needs to know the base classes"),
+        ({"stages": ("episodes",), "pretraining.teacher": "run"}, "needs a stage pretraining"),
+        (GENERATING, "needs a trained backbone"),
+        (GENERATING | {"start": "run", "model.generator": "none", "model.head": "cosine"}, "has weights to train"),
+        (GENERATING | {"start": "run", "generator.alternate_shot": 50}, "lower shot"),
+        ({"model.drop_block": 0.1}, "are for resnet12, not for conv4"),
+        ({"classes": "held_out"}, "needs classes that pretraining has left out"),
+    ],
+)
+def test_what_does_not_suit_a_stage_is_refused_before_the_run_starts(
+    config: Config, changes: dict[str, Any], message: str
+) -> None:
+    config = config.replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        make_job(config)
+    assert not (Path(config.run.storage) / config.run_name).exists()
+
+
+def test_the_best_checkpoint_is_an_evaluated_one() -> None:
+    states = [
+        TrainState(6, 0.4, 0.01, 0),
+        TrainState(8, 0.3, 0.01, 1),
+        TrainState(9, stage=1),
+        TrainState(4, 0.5, 0.01, 0),
+    ]
+    assert [state.step for state in sorted(states, key=lambda state: state.rank)] == [9, 6, 4, 8]

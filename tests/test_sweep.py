@@ -132,6 +132,8 @@ def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         ({"scheduler": "pbt", "search": "tpe"}, "search (tpe) cannot be used with pbt"),
         ({"scheduler": "pbt", "space": "optim"}, "space key 'meta_batch' changes the work of a step, but pbt compares"),
         ({"search": "grid", "space": "optim"}, "space key 'lr' has infinitely many values"),
+        ({"stages": "pretraining"}, "stages (pretraining): a sweep does not train stage pretraining; train it once"),
+        ({"space": "generator"}, "space key 'classes' needs stage generator; give --stages generator --start RUN"),
         ({"samples": 0}, "samples (0) must be at least 1"),
         ({"max-concurrent": -1}, "max_concurrent (-1) must be at least 0"),
         ({"workers": "1:2"}, "workers (1:2) must be one number; trials are not elastic"),

@@ -59,9 +59,10 @@ def main(argv: list[str]) -> None:
     from lgm_dist.runs.checkpoint import best, load_model
     from lgm_dist.runs.files import write_json
     from lgm_dist.tracking.evaluations import log_evaluation
-    from lgm_dist.training.comparison import compare, rows_of
+    from lgm_dist.training.comparison import compare, rows_of, shared_maps
     from lgm_dist.training.evaluation import evaluate
     from lgm_dist.training.memory import keep_freed_memory
+    from lgm_dist.training.worker import Worker
 
     keep_freed_memory()  # embedding images takes half as long then
     rows, split = rows_of(flags.compare), flags.split or ("val" if flags.compare else "test")
@@ -79,7 +80,12 @@ def main(argv: list[str]) -> None:
         results = [result for row in compared for result in comparison_as_json(row, compared[0])]
         shown = comparison_table(compared)
     else:
-        evaluations = [evaluate(model, bank, cell, split, flags.episodes, flags.draws) for cell in cells]
+        standard, worker = [cell for cell in cells if cell.episodes.protocol == "standard"], Worker()
+        maps = shared_maps(model, bank, standard, flags.episodes, worker) if len(standard) > 1 else None
+        evaluations = [
+            evaluate(model, bank, c, split, flags.episodes, flags.draws, worker, maps if c in standard else None)
+            for c in cells
+        ]
         results = [as_json(evaluation) for evaluation in evaluations]
         shown = table_of(bank.name, evaluations)
 

@@ -91,7 +91,7 @@ class Flags:
     run: OmitArgPrefixes[RunFlags] = RunFlags()
     preset: str = "paper"
     """Starting point that the other flags override: paper (the authors' settings), strong (FC100, the most accurate; an hour
-    on 2 cores), quick (the same in 10 minutes) or demo (glyphs, 2 minutes on 2 cores)."""
+    on 2 cores), quick (the same in 12 minutes) or demo (glyphs, 2 minutes on 2 cores)."""
     config: str = ""
     """Starting point instead of a preset: a JSON file such as a run's config.json or a sweep's best.json."""
 

@@ -104,9 +104,7 @@ def compare(
     worker = worker or Worker()
     # all of them, before the first takes its time
     variants = [(settings, _variant(model, settings)) for settings in ({}, *rows)]
-    drawn = [draw_rows(bank, cell, bank.split, 0, episodes) for cell in cells]
-    used = np.concatenate([np.unique(part) for draw in drawn for part in (draw.support, draw.query)])  # (n,)
-    maps = KeptMaps(model, bank, cells[0], used, worker)
+    maps = shared_maps(model, bank, cells, episodes, worker)
     base_maps = KeptMaps(model, base, cells[0], base_images(base)[0], worker)
     found = []
     for settings, variant in variants:
@@ -116,6 +114,13 @@ def compare(
         evaluations = [evaluate(variant, bank, c, bank.split, episodes, draws, worker, maps) for c in configs]
         found.append(Row(settings, tuple(evaluations)))
     return found
+
+
+def shared_maps(model: LGMNet, bank: ImageBank, cells: Sequence[Config], episodes: int, worker: Worker) -> KeptMaps:
+    """The maps of all images of the first episodes of the cells (protocol standard), for evaluations that share them."""
+    drawn = [draw_rows(bank, cell, bank.split, 0, episodes) for cell in cells]
+    used = np.concatenate([np.unique(part) for draw in drawn for part in (draw.support, draw.query)])  # (n,)
+    return KeptMaps(model, bank, cells[0], used, worker)
 
 
 def rows_of(texts: Sequence[str]) -> list[Settings]:
