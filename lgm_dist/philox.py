@@ -1,6 +1,6 @@
 """Philox4x32-10, a counter-based random generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-It is a bijection of counters to random words, so there is no generator state. A word is an unsigned 32-bit number in an int64
+Each counter gives its own random words, so there is no generator state to keep. A word is an unsigned 32-bit number in an int64
 tensor. Nothing waits for the device, so that a CUDA graph can hold all of it.
 """
 

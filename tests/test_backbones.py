@@ -99,7 +99,7 @@ def copy_weights(ours: nn.Module, plain: nn.Module) -> None:
 
 
 def gradients(network: nn.Module) -> list[Tensor]:
-    """Of the convolutions, then of the normalisations."""
+    """Gradients of the weights: first the convolutions, then the normalisations."""
     modules = [m for kind in (nn.Conv2d, (Norm, nn.BatchNorm2d)) for m in network.modules() if isinstance(m, kind)]
     return [p.grad for m in modules for p in m.parameters(recurse=False)]
 

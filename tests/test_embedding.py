@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.threads import Threads
 from torch import Tensor
 
 from lgm_dist.config import Config, ModelConfig
@@ -208,29 +208,9 @@ def test_workers_fit_and_evaluate_together_as_one_alone(small: Config, bank: Ima
         ]
 
     whitening, accuracies = work(Worker())
-    for ours, theirs in in_threads(3, work):
+    for ours, theirs in Threads(3).run(lambda rank, all_reduce: work(Worker(rank, 3, all_reduce=all_reduce))):
         torch.testing.assert_close(ours, whitening)
         np.testing.assert_array_equal(theirs, accuracies)
-
-
-def in_threads(world_size: int, work: Any) -> list[Any]:
-    barrier, shared, results = threading.Barrier(world_size, timeout=60), [torch.empty(0)] * world_size, {}
-
-    def run(rank: int) -> None:
-        def all_reduce(x: Tensor) -> None:
-            shared[rank] = x.clone()
-            barrier.wait()
-            x.copy_(sum(shared[1:], shared[0]))
-            barrier.wait()
-
-        results[rank] = work(Worker(rank, world_size, all_reduce=all_reduce))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[rank] for rank in range(world_size)]
 
 
 def test_a_model_config_has_limits() -> None:

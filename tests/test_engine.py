@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from helpers.steps import train_step
+from helpers.threads import Threads
 from reference import EagerLGMNet
 from torch import Tensor, nn
 
@@ -211,27 +211,7 @@ def test_slices_are_a_partition(world_size: int, count: int) -> None:
 
 def together(world_size: int, work: Callable[[Worker], Any]) -> list[Any]:
     """`work` of all workers, each in a thread, that sum over one another."""
-    barrier, shared, results = threading.Barrier(world_size, timeout=60), [torch.empty(0)] * world_size, {}
-
-    def run(rank: int) -> None:
-        def all_reduce(x: Tensor) -> None:
-            shared[rank] = x.clone()
-            barrier.wait()
-            x.copy_(sum(shared[1:], shared[0]))
-            barrier.wait()
-
-        try:
-            results[rank] = work(Worker(rank, world_size, all_reduce=all_reduce))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[rank] for rank in range(world_size)]
+    return Threads(world_size).run(lambda rank, all_reduce: work(Worker(rank, world_size, all_reduce=all_reduce)))
 
 
 def test_sums_means_and_gathers() -> None:

@@ -51,7 +51,7 @@ class ImageBank:
     digest: str = ""
     """sha256 of the manifest (hex)."""
     folder: Path | None = None
-    """Cache folder of the mapped file; None if there is no such file."""
+    """Folder of the mapped file; None if the images are in memory only."""
 
     def __repr__(self) -> str:
         height, width, channels = self.images.shape[1:]

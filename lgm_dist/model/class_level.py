@@ -19,7 +19,7 @@ _SMALL = 1e-6
 
 
 class ClassLevel(nn.Module, ABC):
-    """A generator whose codes are the averages of the maps, and whose maps have the size and channels of the backbone's."""
+    """Base of generators that read the average of each map and return maps of the same shape."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -33,8 +33,8 @@ class ModelConfig:
     centre: bool = setting(False, compared=True)
     """The head subtracts the mean over the images of the base classes."""
     shrinkage: float = setting(1.0, compared=True)
-    """The head whitens by the covariance within the base classes, of which this share is replaced by a multiple of the identity
-    (1: no whitening)."""
+    """The head whitens with the covariance within the base classes, mixed with a multiple of the identity. This is the share
+    of the identity (1: no whitening)."""
     map_size: int = setting(0, most=64)
     """Height and width to which the backbone's maps are averaged before generator and head see them (0: as they are)."""
     kernels: Literal["auto", "reference"] = setting("auto", resumable=True, not_searched="it changes the speed alone")

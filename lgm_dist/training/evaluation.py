@@ -18,7 +18,7 @@ from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_noise, draw_rows, sample_episodes
 from lgm_dist.model import LGMNet
 from lgm_dist.training.arithmetic import arithmetic
-from lgm_dist.training.embedding import Maps, embed_images, pieces
+from lgm_dist.training.embedding import KeptMaps, Maps, embed_images, pieces
 from lgm_dist.training.worker import Worker
 
 METHODS = (("mean noise",), ("single draw",), ("single draw", "vote", "mean probability"))
@@ -163,6 +163,8 @@ def _embed_each_image_once(
     keys = np.concatenate([everything.support + (images if copies else 0), everything.query], axis=1)  # (E, S + T)
     unique, positions = np.unique(keys, return_inverse=True)  # (n,), (E, S + T)
     plain = int(np.searchsorted(unique, images))
+    if copies and maps is None:  # the views that both embeddings of an image have are embedded once
+        maps = KeptMaps(model, bank, config, unique % images, worker)
     found = embed_images(model, bank, config, unique[:plain], worker, 0, maps)
     if copies:
         copied = embed_images(model, bank, config, unique[plain:] - images, worker, copies, maps)

@@ -15,7 +15,7 @@ from lgm_dist.model.norm import Norm
 from lgm_dist.model.parts import register_backbone
 
 SLOPE = 0.1
-"""Of the leaky ReLU below zero."""
+"""Slope of the leaky ReLU for negative values."""
 
 
 @register_backbone("resnet12")

@@ -30,7 +30,10 @@ class BaseAttention(ClassShift):
         self.scale = nn.Parameter(torch.zeros(channels))
 
     def fit(self, _mean: Tensor, weights: Tensor | None) -> None:
-        """Store the classifier's weights (base_outputs, F) at length 1. Raises ValueError if there is no classifier."""
+        """Store the classifier's weights (base_outputs, F), each row scaled to length 1.
+
+        Raises ValueError if there is no classifier.
+        """
         if weights is None:
             raise ValueError(
                 "model.generator ('base_attention') needs the classifier of the base classes; train a stage pretraining first"
