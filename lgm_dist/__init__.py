@@ -1,9 +1,9 @@
 """Few-shot learning with LGM-Net, which reads a few labelled images and generates the weights of their classifier.
 
-    from lgm_dist import Config, evaluate, fit, load_run, open_bank
+    from lgm_dist import Config, evaluate, fit, load, open_bank
 
     run = fit(Config.of(data="glyphs", epochs=1, steps_per_epoch=300, workers=0))  # trains; the folder of the run
-    learner = load_run(run)  # the checkpoint that was best on val
+    learner = load(run)  # the checkpoint that was best on val
     bank = open_bank("data/glyphs/glyphs.json", "test")  # images of classes that it has never seen
     print(evaluate(learner.model, bank, learner.config, "test", episodes=600).score)
 
@@ -18,22 +18,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lgm_dist.adapt.learner import Learner, learners, load
     from lgm_dist.cluster.fit import fit
     from lgm_dist.config import Config
     from lgm_dist.data import open_bank, sample_episodes
     from lgm_dist.model import LGMNet
-    from lgm_dist.runs.load import load_run
     from lgm_dist.training.evaluation import evaluate
 
 __version__ = "0.1.0"
-__all__ = ["Config", "LGMNet", "__version__", "evaluate", "fit", "load_run", "open_bank", "sample_episodes"]
+__all__ = [
+    "Config",
+    "LGMNet",
+    "Learner",
+    "__version__",
+    "evaluate",
+    "fit",
+    "learners",
+    "load",
+    "open_bank",
+    "sample_episodes",
+]
 
 _MODULES = {
     "Config": "lgm_dist.config",
     "LGMNet": "lgm_dist.model",
+    "Learner": "lgm_dist.adapt.learner",
     "evaluate": "lgm_dist.training.evaluation",
     "fit": "lgm_dist.cluster.fit",
-    "load_run": "lgm_dist.runs.load",
+    "learners": "lgm_dist.adapt.learner",
+    "load": "lgm_dist.adapt.learner",
     "open_bank": "lgm_dist.data",
     "sample_episodes": "lgm_dist.data",
 }

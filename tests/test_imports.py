@@ -20,13 +20,14 @@ LAYERS = {
     **dict.fromkeys(("data", "model"), 4),
     "training": 5,
     "runs": 6,
-    "report": 7,
-    "tracking": 8,
-    "cluster": 9,
-    "sweeps": 10,
-    "bench": 11,
-    "cli": 12,
-    **dict.fromkeys(("__main__", "scripts", "tune"), 13),
+    "adapt": 7,
+    "report": 8,
+    "tracking": 9,
+    "cluster": 10,
+    "sweeps": 11,
+    "bench": 12,
+    "cli": 13,
+    **dict.fromkeys(("__main__", "scripts", "tune"), 14),
 }
 """The direction of imports: a part imports from itself and from lower layers."""
 OWNERS = {
@@ -38,6 +39,7 @@ OWNERS = {
     "wandb": ("tracking",),
     "wandb_workspaces": ("tracking/dashboard",),
     "webdataset": ("data/shards",),
+    "safetensors": ("adapt/learner_file",),
     "tyro": ("cli",),
     "torchvision": ("data/sources/cifar_archive", "model/backbones/torchvision_models"),
     "triton": ("model/kernels/triton_kernels",),
@@ -157,8 +159,8 @@ def test_the_package_itself_loads_no_library() -> None:
 def test_the_package_offers_its_public_names() -> None:
     import lgm_dist
     from lgm_dist import config, data, model
+    from lgm_dist.adapt import learner
     from lgm_dist.cluster import fit
-    from lgm_dist.runs import load
     from lgm_dist.training import evaluation
 
     assert fit.fit is lgm_dist.fit
@@ -166,10 +168,12 @@ def test_the_package_offers_its_public_names() -> None:
     assert data.open_bank is lgm_dist.open_bank
     assert data.sample_episodes is lgm_dist.sample_episodes
     assert model.LGMNet is lgm_dist.LGMNet
-    assert load.load_run is lgm_dist.load_run
+    assert learner.load is lgm_dist.load
+    assert learner.learners is lgm_dist.learners
+    assert learner.Learner is lgm_dist.Learner
     assert evaluation.evaluate is lgm_dist.evaluate
-    names = ["Config", "LGMNet", "__version__", "evaluate", "fit", "load_run", "open_bank", "sample_episodes"]
-    assert dir(lgm_dist) == names
+    names = ("Config", "LGMNet", "Learner", "__version__", "evaluate", "fit", "learners", "load", "open_bank")
+    assert dir(lgm_dist) == [*names, "sample_episodes"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", lgm_dist.__version__)
     with pytest.raises(AttributeError, match="module 'lgm_dist' has no attribute 'fitt'"):
         _ = lgm_dist.fitt

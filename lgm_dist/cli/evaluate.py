@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateFlags:
-    """Evaluate the checkpoint of a run with the best val accuracy: mean accuracy over episodes and its 95 % interval."""
+    """Evaluate a trained learner: mean accuracy over episodes and its 95 % interval."""
 
-    run: Positional[Path]
-    """Folder of the run, or one of its checkpoint folders."""
+    run: Positional[str]
+    """Folder of a run, whose checkpoint with the best val accuracy is taken, one of its checkpoint folders, a learner's file,
+    or the name of a learner of the package, such as fc100-conv4."""
     split: Literal["val", "test"] | None = None
     """Classes to evaluate on (default: test; val with --compare, because nothing may be chosen on test classes)."""
     ways: Annotated[tuple[int, ...], arg(aliases=["-w"])] = ()
@@ -44,7 +45,8 @@ class EvaluateFlags:
     for each row of the table. heads: a list of heads with one ingredient after the other. controls: the network without its
     generator, and with the weights of another episode (context=other)."""
     out: str = ""
-    """JSON file for the results (default: evaluation-SPLIT.json, or comparison-SPLIT.json, in the run's folder)."""
+    """JSON file for the results (default: evaluation-SPLIT.json, or comparison-SPLIT.json, in the run's folder; none for a
+    learner that is no run)."""
     wandb: Literal["auto", "online", "offline", "disabled"] | None = None
     """Weights & Biases, where an evaluation is a separate run (default: as in the run)."""
 
@@ -54,9 +56,9 @@ def main(argv: list[str]) -> None:
     flags = tyro.cli(EvaluateFlags, args=argv)
     if flags.draws is not None and flags.draws < 0:
         raise ValueError(f"draws ({flags.draws}) must be at least 0; 0 fixes the noise at its mean")
-    from lgm_dist.data import check_episodes, open_bank  # after parsing, because torch takes seconds to import
+    from lgm_dist.adapt.learner import load  # after parsing, because torch takes seconds to import
+    from lgm_dist.data import check_episodes, open_bank
     from lgm_dist.data.prepare import ensure_manifest
-    from lgm_dist.runs.checkpoint import best, load_model
     from lgm_dist.runs.files import write_json
     from lgm_dist.tracking.evaluations import log_evaluation
     from lgm_dist.training.comparison import compare, rows_of, shared_maps
@@ -66,8 +68,8 @@ def main(argv: list[str]) -> None:
 
     keep_freed_memory()  # embedding images takes half as long then
     rows, split = rows_of(flags.compare), flags.split or ("val" if flags.compare else "test")
-    folder = flags.run if (flags.run / "state.pt").exists() else best(flags.run)
-    model, trained, state = load_model(folder)
+    learner = load(flags.run)
+    model, trained = learner.model, learner.config
     config = trained.replace(data=flags.data or trained.data.name, test_episodes=flags.episodes, workers=0)
     bank = open_bank(ensure_manifest(config.data.name, config.data.root, config.data.source), split, config.data.cache)
     cells = cells_of(config, flags)
@@ -89,12 +91,15 @@ def main(argv: list[str]) -> None:
         results = [as_json(evaluation) for evaluation in evaluations]
         shown = table_of(bank.name, evaluations)
 
-    sys.stdout.write(f"{folder}, step {state.step}\n{shown}")
+    sys.stdout.write(f"{learner.name}, step {learner.state.step}\n{shown}")
     sys.stdout.write(leak_note("paper" if any(cell.episodes.protocol == "paper" for cell in cells) else "standard"))
-    out = Path(flags.out or (flags.run / f"{'comparison' if rows else 'evaluation'}-{split}.json"))
-    write_json(out, {"checkpoint": str(folder), "data": bank.name, "results": results})
-    sys.stdout.write(f"written to {out}\n")
-    log_evaluation(trained.replace(wandb=flags.wandb or trained.run.wandb), folder, bank.name, results)
+    run = Path(flags.run) if Path(flags.run).is_dir() else None
+    out = Path(flags.out) if flags.out else run and run / f"{'comparison' if rows else 'evaluation'}-{split}.json"
+    if out:
+        write_json(out, {"checkpoint": learner.name, "data": bank.name, "results": results})
+        sys.stdout.write(f"written to {out}\n")
+    if run:
+        log_evaluation(trained.replace(wandb=flags.wandb or trained.run.wandb), Path(learner.name), bank.name, results)
 
 
 def cells_of(config: Config, flags: EvaluateFlags) -> list[Config]:

@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "prepare a data set: FC100, class folders or the built-in glyphs",
     "train": "train a learner and evaluate it on test classes",
     "evaluate": "evaluate a trained run on other ways, shots or data",
+    "export": "write a trained learner to one small file",
     "sweep": "search for better settings with Ray Tune",
     "grid": "train every combination of ways and shots and compare them",
     "report": "write report.html about runs and sweeps, and a dashboard on W&B",

@@ -1,14 +1,11 @@
-"""`load_run`: the trained network of a run, ready to classify. It needs the run's checkpoints and nothing else."""
+"""The trained network of a run. It needs the run's checkpoints and nothing else."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lgm_dist.config import Config
 from lgm_dist.model import LGMNet
@@ -30,30 +27,6 @@ class LoadedRun:
     """Its step, and its accuracy on val."""
     images: ImageFacts | None
     """The size and normalisation of images, and the base classes; None for a checkpoint of the first version."""
-
-    def prepare(self, pixels: npt.NDArray[np.uint8] | Tensor) -> Tensor:
-        """Normalise images as in training: uint8 (n, H, W, C) -> float32 (n, C, H, W), channels last in memory.
-
-        Raises ValueError for images of another type, size or number of channels, and if the checkpoint lacks `images`.
-        """
-        if self.images is None:
-            raise ValueError(
-                f"checkpoint {self.folder} is of an earlier version, which did not keep the mean and size of its images; "
-                "make them with load_images of lgm_dist.data.episodes from its data set, or train the run again"
-            )
-        x = torch.as_tensor(pixels)  # (n, H, W, C)
-        wanted = (self.images.height, self.images.width, self.images.channels)
-        if x.dtype != torch.uint8 or x.dim() != 4 or tuple(x.shape[1:]) != wanted:
-            raise ValueError(
-                f"pixels ({_in_words(x.dtype)} {tuple(x.shape)}) must be uint8 (n, {', '.join(map(str, wanted))}), "
-                "the size of the images that the network was trained on; resize them"
-            )
-        mean, std = (torch.tensor(values, device=x.device) for values in (self.images.mean, self.images.std))  # (C,)
-        return x.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # (n, C, H, W)
-
-    def __repr__(self) -> str:
-        accuracy = f", val accuracy {100 * self.state.val_accuracy:.2f} %" if self.state.val_accuracy >= 0 else ""
-        return f"LoadedRun('{self.folder}', step {self.state.step:,}{accuracy})"
 
 
 def load_run(folder: str | Path) -> LoadedRun:
@@ -91,7 +64,3 @@ def start_from(folder: str | Path, model: LGMNet) -> None:
     if model.classifier is not None and theirs.config.base_outputs == model.config.base_outputs:
         assert theirs.classifier is not None
         model.classifier.load_state_dict(theirs.classifier.state_dict())
-
-
-def _in_words(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

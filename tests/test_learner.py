@@ -1,4 +1,4 @@
-"""`load_run`: the network of a copied run, with no data set beside it; images normalised as in training."""
+"""`load` of a run that was copied elsewhere, with no data set beside it; images normalised as in training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgm_dist import Config, evaluate, fit, load_run, open_bank, sample_episodes
+from lgm_dist import Config, evaluate, fit, load, open_bank, sample_episodes
 from lgm_dist.config import Protocol
 from lgm_dist.data.episodes import draw_rows
 from lgm_dist.data.manifest import read_manifest
@@ -34,7 +34,7 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 def test_a_copied_run_classifies_as_the_trained_one_without_its_data(
     trained: Path, copied: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learner = load_run(trained)
+    learner = load(trained)
     bank = open_bank(tiny, "test")
     batch = sample_episodes(bank, learner.config, "test", 0, 4)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_a_copied_run_classifies_as_the_trained_one_without_its_data(
     drawn = draw_rows(bank, learner.config, "test", 0, 4)
     rows = np.concatenate([drawn.support, drawn.query], axis=1)  # (4, S + T)
     monkeypatch.setattr("lgm_dist.data.bank.read_manifest", None)  # nothing opens the data set
-    copy = load_run(str(copied))
+    copy = load(str(copied))
     assert not copy.model.training
     pixels = np.stack([bank.images[row] for row in rows.flatten().tolist()])  # (4 * (S + T), H, W, C)
     images = copy.prepare(pixels).unflatten(0, rows.shape)  # (4, S + T, C, H, W)
@@ -55,16 +55,16 @@ def test_a_copied_run_classifies_as_the_trained_one_without_its_data(
 def test_the_best_checkpoint_is_loaded_or_the_one_that_is_named(trained: Path) -> None:
     rows = [row for row in read_metrics(trained) if "val/accuracy" in row]
     best = max(rows, key=lambda row: row["val/accuracy"])  # the earliest of equals
-    learner = load_run(trained)
+    learner = load(trained)
     assert (learner.state.step, learner.state.val_accuracy) == (best["step"], best["val/accuracy"])
     assert learner.config == Config.from_dict(json.loads((trained / "config.json").read_text()))
     assert repr(learner).endswith(f"step {best['step']}, val accuracy {100 * best['val/accuracy']:.2f} %)")
-    last = load_run(trained / "checkpoints/step-00000012")
-    assert (last.state.step, last.folder.name) == (12, "step-00000012")
+    last = load(trained / "checkpoints/step-00000012")
+    assert (last.state.step, Path(last.name).name) == (12, "step-00000012")
 
 
 def test_images_are_what_the_manifest_says(trained: Path, tiny: Path) -> None:
-    facts, manifest = load_run(trained).images, read_manifest(str(tiny))
+    facts, manifest = load(trained).images, read_manifest(str(tiny))
     assert facts is not None
     assert (facts.height, facts.width, facts.channels) == manifest.shape
     assert (facts.mean, facts.std) == (manifest.mean, manifest.std)
@@ -78,7 +78,7 @@ def test_pixels_are_normalised_as_the_protocol_does(
     config = small.replace(
         storage=str(tmp_path), protocol=protocol, epochs=1, steps_per_epoch=1, test_episodes=0, eval_every=1
     )
-    learner = load_run(fit(config))
+    learner = load(fit(config))
     manifest = read_manifest(str(tiny))
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     for given in (pixels, torch.from_numpy(pixels)):
@@ -105,11 +105,11 @@ def test_pixels_are_normalised_as_the_protocol_does(
 )
 def test_pixels_of_another_size_or_type_are_refused(pixels: np.ndarray, sentence: str, trained: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
-        load_run(trained).prepare(pixels)
+        load(trained).prepare(pixels)
 
 
 def test_a_run_of_the_first_version_is_loaded_but_knows_nothing_of_images() -> None:
-    learner = load_run(FIRST_VERSION)
+    learner = load(FIRST_VERSION)
     assert (learner.state.step, learner.images) == (4, None)
     with torch.no_grad():
         log_p = learner.model(torch.zeros(1, 5, 3, 32, 32), torch.zeros(1, 2, 3, 32, 32), 5)  # (1, 2, 5)
@@ -122,12 +122,12 @@ def test_a_run_of_the_first_version_is_loaded_but_knows_nothing_of_images() -> N
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no checkpoint; train it with lgm-dist train first"):
-        load_run(tmp_path)
+        load(tmp_path)
 
 
 def test_the_example_of_the_package(tiny: Path, trained: Path) -> None:
     """`evaluate` of a loaded run on another split: what `lgm_dist.__doc__` shows."""
-    learner = load_run(trained)
+    learner = load(trained)
     found = evaluate(learner.model, open_bank(tiny, "test"), learner.config, "test", episodes=6)
     result = json.loads((trained / "result.json").read_text())
     assert found.score.accuracy == result["test/accuracy"]
