@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from PIL import Image
 from test_shards import tiny_source
 
 from lgm_dist.data import shards
-from lgm_dist.data.bank import ImageBank, cache_folder, open_bank
+from lgm_dist.data.bank import ImageBank, cache_folder, make_once, open_bank
+from lgm_dist.data.lock import exclusive
 from lgm_dist.data.shards import write_shards
 
 fork = multiprocessing.get_context("fork")
@@ -130,6 +133,22 @@ def open_and_die(manifest: Path, cache: str) -> None:
 
     shards.read_images = deadly
     open_bank(manifest, "train", cache)
+
+
+def test_who_waits_for_another_builder_shows_signs_of_life(tmp_path: Path) -> None:
+    path, beaten, order = tmp_path / "a.uint8", threading.Event(), []
+
+    def build(name: str, target: Path) -> None:
+        order.append(name)
+        target.write_bytes(b"1234")
+
+    with exclusive(path.with_suffix(".lock")):
+        other = threading.Thread(target=make_once, args=(path, 4, partial(build, "other"), beaten.set))
+        other.start()
+        assert beaten.wait(60)
+        assert not order
+    other.join(60)
+    assert (order, path.read_bytes()) == (["other"], b"1234")
 
 
 def test_a_builder_that_is_killed_half_way_leaves_nothing_harmful(manifest: Path, cache: str) -> None:

@@ -132,16 +132,16 @@ def cache_folder(cache: str = "") -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgm_dist"
 
 
-def make_once(path: Path, size: int, build: Callable[[Path], None]) -> None:
+def make_once(path: Path, size: int, build: Callable[[Path], None], waiting: Callable[[], None] | None = None) -> None:
     """Make the file `path` of `size` bytes, unless it is there. It is complete or absent: `build` writes another file, which
-    is then renamed, while other processes wait.
+    is then renamed, while other processes wait and call `waiting` every second.
 
     Raises ValueError if the folder cannot be written.
     """
     partial_file = path.with_suffix(".partial")  # the lock keeps other processes from it
     try:
         if not _complete(path, size):
-            with exclusive(path.with_suffix(".lock")):
+            with exclusive(path.with_suffix(".lock"), waiting):
                 if not _complete(path, size):  # else the process that held the lock has just built it
                     try:
                         build(partial_file)

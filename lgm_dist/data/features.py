@@ -121,7 +121,9 @@ class FeatureBank:
         return ImageBank(self.name, self.split, maps, self.offsets, self.classes, groups, zeros, ones)
 
 
-def open_features(bank: ImageBank, config: Config, embed: Embed, network: str) -> FeatureBank:
+def open_features(
+    bank: ImageBank, config: Config, embed: Embed, network: str, waiting: Callable[[], None] | None = None
+) -> FeatureBank:
     """The features of the images of `bank`, stored in the cache folder when they are first asked for.
 
     Split train has the classes of the episodes (see `episode_classes`) in all variants, augmented; the others have all images
@@ -132,6 +134,7 @@ def open_features(bank: ImageBank, config: Config, embed: Embed, network: str) -
         config: Gives the copies, variants, classes, augmentations and seed.
         embed: The frozen backbone.
         network: A digest of the backbone and its weights.
+        waiting: Called every second while another process makes the same file.
 
     Raises ValueError if the cache cannot be written, and for variants that the images cannot have.
     """
@@ -140,7 +143,7 @@ def open_features(bank: ImageBank, config: Config, embed: Embed, network: str) -
     facts = {"data": [bank.name, bank.digest], "network": network, "shape": shape, **copies.facts()}
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = (bank.folder or cache_folder(config.data.cache)) / f"{bank.name}-{bank.split}-{digest[:32]}.features"
-    make_once(path, 4 * int(np.prod(shape)), partial(_write, copies, embed))
+    make_once(path, 4 * int(np.prod(shape)), partial(_write, copies, embed), waiting)
     features = np.asarray(np.memmap(path, np.float32, "r", shape=shape))  # (n, A, h, w, F)
     counts = np.tile(bank.counts[copies.used], len(copies.variants))  # (classes,)
     classes = tuple(bank.classes[c] + v.name for v in copies.variants for c in copies.used)

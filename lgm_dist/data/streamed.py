@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -69,10 +70,11 @@ class StreamedSplit:
         """sha256 of the manifest (hex)."""
         return self.manifest.digest
 
-    def first_images(self, most: int) -> ImageBank:
+    def first_images(self, most: int, heartbeat: Callable[[], None]) -> ImageBank:
         """A bank, in memory, of at most `most` images of each class: those that come first in the bank of the whole split.
 
-        Reads all shards once and decodes the images that it keeps. Raises ValueError if a shard is missing or damaged.
+        Reads all shards once, with a heartbeat after each, and decodes the images that it keeps. Raises ValueError if a shard is
+        missing or damaged.
         """
         from lgm_dist.data.shards import decode_sample, read_shard  # the facts need neither webdataset nor PIL
 
@@ -81,6 +83,7 @@ class StreamedSplit:
             for sample in read_shard(self.manifest, self.split, shard):
                 kept[sample.label].append(sample)
             kept = [sorted(samples, key=attrgetter("key"))[:most] for samples in kept]
+            heartbeat()
         images = np.stack(
             [decode_sample(self.manifest, sample) for samples in kept for sample in samples]
         )  # (m, H, W, C)

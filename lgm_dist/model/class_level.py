@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from lgm_dist.model.layers import unit
 from lgm_dist.model.parts import Weights
 
 STATISTICS = 5
@@ -61,11 +62,6 @@ class ClassShift(ClassLevel):
         shots = shift.shape[1]
         moved = features[:, :shots] + shift[..., None, None].to(features.dtype)  # (B, S, F, h, w)
         return torch.cat([moved, features[:, shots:]], dim=1)  # (B, S + T, F, h, w)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors (..., F) of length 1; 0 stays 0."""
-    return x * x.square().sum(-1, keepdim=True).clamp_min(_SMALL**2).rsqrt()
 
 
 def cosines(means: Tensor) -> Tensor:

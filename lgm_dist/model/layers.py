@@ -1,4 +1,5 @@
-"""Layers that several parts are made of: those of the authors' TensorFlow graph, and a convolution of residual networks."""
+"""Layers that several parts are made of: those of the authors' TensorFlow graph, a convolution of residual networks, vectors of
+length 1."""
 
 from __future__ import annotations
 
@@ -26,3 +27,8 @@ def he_conv(inputs: int, outputs: int, size: int) -> nn.Conv2d:
 def pool(x: Tensor) -> Tensor:
     """2 x 2 max-pooling; an odd height or width rounds up: (n, F, h, w) -> (n, F, ceil(h / 2), ceil(w / 2))."""
     return F.max_pool2d(x, 2, ceil_mode=True)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors (..., D), each divided by its L2 norm; zeros stay zeros."""
+    return x * x.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()

@@ -22,7 +22,7 @@ F and G channels of feature maps, h x w their size, E length of a code, Z noise 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -81,6 +81,7 @@ class Head(Protocol):
         """
 
 
+@runtime_checkable
 class Fitted(Protocol):
     """A head, or a module of one, with statistics of the base classes, which it keeps as buffers."""
 

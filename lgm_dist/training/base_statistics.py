@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from lgm_dist.config import Config
 from lgm_dist.data.bank import ImageBank
 from lgm_dist.model import LGMNet
+from lgm_dist.model.parts import Fitted
 from lgm_dist.training.arithmetic import arithmetic
 from lgm_dist.training.embedding import Index, KeptMaps, Maps
 from lgm_dist.training.worker import Worker
@@ -62,10 +61,10 @@ def needs_statistics(model: LGMNet) -> bool:
     return bool(_modules(model))
 
 
-def _modules(model: LGMNet) -> list[Any]:
+def _modules(model: LGMNet) -> list[Fitted]:
     """The parts of the head that take statistics."""
     assert isinstance(model.head, torch.nn.Module)
-    return [module for module in model.head.modules() if getattr(module, "needs_statistics", False)]
+    return [module for module in model.head.modules() if isinstance(module, Fitted) and module.needs_statistics]
 
 
 def base_images(bank: ImageBank, images_per_class: int = IMAGES_PER_CLASS) -> tuple[Index, Index]:

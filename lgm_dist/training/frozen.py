@@ -51,7 +51,7 @@ def features_of(model: LGMNet, bank: ImageBank, config: Config, worker: Worker) 
     network.eval()
     try:
         with arithmetic(), _all_cores():
-            return open_features(bank, config, embed, backbone_digest(model))
+            return open_features(bank, config, embed, backbone_digest(model), worker.heartbeat)
     finally:
         network.train(was_training)
 

@@ -171,7 +171,11 @@ class Pretraining(Task):
     def _fit_head(self, model: LGMNet) -> None:
         base = self.banks["train"]
         if needs_statistics(model):
-            self._first = self._first or (base if isinstance(base, ImageBank) else base.first_images(IMAGES_PER_CLASS))
+            if self._first is None and not isinstance(base, ImageBank):
+                self._first = base.first_images(IMAGES_PER_CLASS, self.worker.heartbeat)
+            elif isinstance(base, ImageBank):
+                self._first = base
+            assert self._first is not None
             fit_head(model, self._first, self.config, self.worker)
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.class_level import ClassShift, unit
+from lgm_dist.model.class_level import ClassShift
+from lgm_dist.model.layers import unit
 from lgm_dist.model.parts import register_generator
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.class_level import ClassLevel, unit, zero_linear
+from lgm_dist.model.class_level import ClassLevel, zero_linear
+from lgm_dist.model.layers import unit
 from lgm_dist.model.parts import Weights, register_generator
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.heads.vectors import Vectors, unit
+from lgm_dist.model.heads.vectors import Vectors
+from lgm_dist.model.layers import unit
 from lgm_dist.model.parts import register_head
 
 PENALTY = 1.0

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.heads.vectors import Vectors, unit
+from lgm_dist.model.heads.vectors import Vectors
+from lgm_dist.model.layers import unit
 from lgm_dist.model.parts import register_head
 
 

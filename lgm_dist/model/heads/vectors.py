@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
+from lgm_dist.model.layers import unit
 
 _TINY = 1e-12
 
@@ -124,8 +125,3 @@ def cosine_similarities(query: Tensor, others: Tensor) -> Tensor:
         if query.is_cuda:
             return (query.double() @ others.double().transpose(1, 2)).to(query.dtype)  # (B, T, n)
         return query @ others.transpose(1, 2)  # (B, T, n)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Each vector of the last dimension, divided by its L2 norm; zeros stay zeros."""
-    return x * x.square().sum(-1, keepdim=True).clamp_min(_TINY).rsqrt()
