@@ -65,7 +65,11 @@ def test_words_that_cannot_be_read_are_refused(text: str, sentence: str) -> None
     ("settings", "sentence"),
     [
         ({"model.pool": 7}, r"pool \(7\) must be one of 0, 1, 2, 3, 4"),
-        ({"model.generator": "mine"}, r"compare: model\.generator \('mine'\) must be none or the network's own, lgm"),
+        ({"model.generator": "mine"}, r"model\.generator \('mine'\) must be one of "),
+        (
+            {"model.generator": "residual"},
+            r"model\.generator \('residual'\) must be none, base_directions or .*own, lgm;",
+        ),
         ({"model.head": "mine"}, r"model\.head \('mine'\) must be one of "),
     ],
 )

@@ -73,8 +73,8 @@ class StreamedSplit:
     def first_images(self, most: int, heartbeat: Callable[[], None]) -> ImageBank:
         """A bank, in memory, of at most `most` images of each class: those that come first in the bank of the whole split.
 
-        Reads all shards once, with a heartbeat after each, and decodes the images that it keeps. Raises ValueError if a shard is
-        missing or damaged.
+        Reads all shards once, with a heartbeat after each, and decodes the images that it keeps. Raises ValueError if a shard
+        is missing or damaged.
         """
         from lgm_dist.data.shards import decode_sample, read_shard  # the facts need neither webdataset nor PIL
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,32 +97,43 @@ class LGMNet(nn.Module):
         """
         config = replace(self.config, generator="none")
         generator = GENERATORS.get("none")(config, channels_of(config, self.backbone))
-        return LGMNet(config, (self.backbone, generator, self.head)).train(self.training)
+        head = self.head
+        if vectors := _vectors_of(self.generator):  # the head takes them over
+            head = _build_head(config, generator)
+            _take_over(head, self.head)
+            cast(Any, head).vectors = vectors
+        return LGMNet(config, (self.backbone, generator, head)).train(self.training)
 
     def with_head(self, config: ModelConfig) -> LGMNet:
-        """This network with head, rotations and blocks as `config` says; backbone and generator are shared, not copied.
+        """This network with head, rotations and blocks as `config` says; the backbone is shared, not copied.
 
-        The head takes over tensors of the same name and shape, such as a learned temperature. Raises ValueError as
-        `build_model`, and for other rotations or blocks than those that the generator was built for.
+        A generator with trained weights is shared too. One without takes the place of this network's, and both head and
+        generator take over tensors of the same name and shape, such as a learned temperature. Raises ValueError as
+        `build_model`, and for a generator or maps that the trained weights do not fit.
         """
-        generator = self.generator
-        ours, wanted = ((c.rotations, c.blocks) for c in (self.config, config))
-        if wanted != ours:
-            if self.config.generator != "none":
-                raise ValueError(
-                    f"model.rotations ({wanted[0]}) and model.blocks ({wanted[1]}) must be {ours[0]} and {ours[1]}, for which "
-                    f"the generator {self.config.generator!r} was trained; use model.generator none"
-                )
-            generator = GENERATORS.get("none")(config, channels_of(config, self.backbone))
-        head = HEADS.get(config.head)(config, generator.channels)
-        assert isinstance(head, nn.Module)
-        assert isinstance(self.head, nn.Module)
-        new, old = head.state_dict(), self.head.state_dict()
-        kept = {name: x for name, x in old.items() if name in new and x.shape == new[name].shape}
-        head.load_state_dict(new | kept)
-        head.to(next(self.parameters()).device)
-        parts = (self.backbone, generator, head)
-        return LGMNet(replace(config, generator=self.config.generator), parts).train(self.training)
+        generator = self._generator_for(config)
+        head = _build_head(config, generator)
+        _take_over(head, self.head)
+        return LGMNet(config, (self.backbone, generator, head)).train(self.training)
+
+    def _generator_for(self, config: ModelConfig) -> Generator:
+        """The generator that `config` names: this network's, or a new one without trained weights."""
+        ours = self.config
+        wanted = GENERATORS.get(config.generator)(config, channels_of(config, self.backbone))
+        if not any(True for _ in cast(nn.Module, wanted).parameters()):
+            _take_over(wanted, self.generator)
+            return wanted
+        if config.generator != ours.generator:
+            raise ValueError(
+                f"model.generator ({config.generator!r}) must be none, base_directions or the network's own, "
+                f"{ours.generator}; another one takes training"
+            )
+        if (config.rotations, config.blocks) != (ours.rotations, ours.blocks):
+            raise ValueError(
+                f"model.rotations ({config.rotations}) and model.blocks ({config.blocks}) must be {ours.rotations} and "
+                f"{ours.blocks}, for which the generator {ours.generator!r} was trained; use model.generator none"
+            )
+        return self.generator
 
     def on_features(self) -> LGMNet:
         """This network without its backbone: its images are feature maps (B, n, F, h, w), as `embed` returns them. Generator
@@ -194,4 +206,25 @@ def _todays_name(name: str) -> str:
 def _build_parts(config: ModelConfig) -> Parts:
     backbone = BACKBONES.get(config.backbone)(config)
     generator = GENERATORS.get(config.generator)(config, channels_of(config, backbone))
-    return backbone, generator, HEADS.get(config.head)(config, generator.channels)
+    return backbone, generator, _build_head(config, generator)
+
+
+def _build_head(config: ModelConfig, generator: Generator) -> Head:
+    """The head that `config` names. After a generator that works on vectors, it takes them as they are."""
+    plain = ModelConfig()
+    if _vectors_of(generator):
+        names = ("pool", "power", "centre", "shrinkage", "rotations", "blocks")
+        config = replace(config, **{name: getattr(plain, name) for name in names})
+    return HEADS.get(config.head)(config, generator.channels)
+
+
+def _vectors_of(generator: Generator) -> nn.Module | None:
+    """What makes vectors of maps, if the generator does so in the place of the head."""
+    return getattr(generator, "vectors", None)
+
+
+def _take_over(part: Any, former: Any) -> None:
+    """Load those tensors of `former` that have the name and shape of one of `part`, and go to its device."""
+    new, old = part.state_dict(), former.state_dict()
+    part.load_state_dict(new | {name: x for name, x in old.items() if name in new and x.shape == new[name].shape})
+    part.to(next((x.device for x in old.values()), torch.device("cpu")))

@@ -35,6 +35,11 @@ class ModelConfig:
     shrinkage: float = setting(1.0, compared=True)
     """The head whitens with the covariance within the base classes, mixed with a multiple of the identity. This is the share
     of the identity (1: no whitening)."""
+    base_share: float = setting(0.2, compared=True)
+    """How far generator=base_directions moves class means of one image along the directions of the base classes, as a share of
+    their length; K images are moved by a K-th of it."""
+    episode_share: float = setting(0.3, compared=True)
+    """Share of the mean of the episode's class weights that generator=base_directions subtracts from all vectors."""
     map_size: int = setting(0, most=64)
     """Height and width to which the backbone's maps are averaged before generator and head see them (0: as they are)."""
     kernels: Literal["auto", "reference"] = setting("auto", resumable=True, not_searched="it changes the speed alone")
@@ -82,6 +87,8 @@ class ModelConfig:
         checks.between(self, "norm_decay", 0.0, 1.0)
         if not 0 <= self.drop_block < 1:
             raise ValueError(f"drop_block ({self.drop_block}) must be in [0, 1); 0 turns it off")
+        checks.between(self, "base_share", 0.0, 1.0)
+        checks.between(self, "episode_share", 0.0, 1.0)
         if not 0 < self.norm_epsilon <= checks.LARGEST:
             raise ValueError(f"norm_epsilon ({self.norm_epsilon}) must be positive; the paper's is 1e-3")
         if not 0 < self.power <= 4:

@@ -50,7 +50,8 @@ def fit_head(
     model.eval()
     maps = maps or KeptMaps(model, bank, config, rows, worker)
     found = maps(rows, 0, config.episodes.eval_flips, model.config)  # (n, F, h, w)
-    _check(model, found)
+    if not isinstance(model.generator, Fitted):
+        _check(model, found)
     for module in modules:
         module.fit(found, torch.from_numpy(labels).to(found.device))
     model.train(was_training)
@@ -62,7 +63,9 @@ def needs_statistics(model: LGMNet) -> bool:
 
 
 def _modules(model: LGMNet) -> list[Fitted]:
-    """The parts of the head that take statistics."""
+    """The parts of the network that take statistics: the generator, or parts of the head."""
+    if isinstance(model.generator, Fitted):
+        return [model.generator]
     assert isinstance(model.head, torch.nn.Module)
     return [module for module in model.head.modules() if isinstance(module, Fitted) and module.needs_statistics]
 

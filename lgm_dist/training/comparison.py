@@ -155,11 +155,6 @@ def _value_of(name: str, text: str) -> Any:
 def _variant(model: LGMNet, settings: Settings) -> LGMNet:
     """The network with these settings of the group model."""
     generator = settings.get("model.generator", model.config.generator)
-    if generator not in (model.config.generator, "none"):
-        raise ValueError(
-            f"compare: model.generator ({generator!r}) must be none or the network's own, {model.config.generator}; another "
-            "one takes training"
-        )
     if settings.get(CONTEXT) == "other" and generator == "none":
         raise ValueError("compare: context=other needs a network with a generator, and this one has none; leave it out")
     config = Config(model=model.config).replace(**_of_config(settings)).model

@@ -10,6 +10,7 @@ from lgm_dist.data import EpisodeBatch, check_episodes
 from lgm_dist.data.features import FeatureBank, FeatureSampler, check_variants
 from lgm_dist.data.streamed import BaseImages
 from lgm_dist.model import LGMNet, build_model
+from lgm_dist.model.parts import Fitted
 from lgm_dist.training import schedule
 from lgm_dist.training.base_statistics import fit_head
 from lgm_dist.training.episodes_task import Episodes
@@ -94,7 +95,7 @@ class GeneratorTask(Episodes):
         fit_head(model, self.bank("train"), self.config, self.worker)
         bank, other = self._features_of(model, "train"), self.config.generator.alternate_shot
         fit = getattr(model.generator, "fit", None)
-        if fit is not None:
+        if fit is not None and not isinstance(model.generator, Fitted):  # `fit_head` fits those
             classifier = getattr(model, "classifier", None)
             mean = bank.tensor.mean(dim=(0, 1, 2)).to(self.worker.device)  # (F,)
             fit(mean, None if classifier is None else classifier.weight.detach())

@@ -1,0 +1,87 @@
+"""Class weights in closed form: class means, corrected by how the base classes differ and seen from the episode's centre."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lgm_dist.config import ModelConfig
+from lgm_dist.model.heads.vectors import Vectors
+from lgm_dist.model.layers import unit
+from lgm_dist.model.parts import Weights, register_generator
+
+DIRECTIONS = 16
+"""Directions of the base classes that are kept; a multiple changes the accuracy by less than 0.1 points."""
+
+
+@register_generator("base_directions")
+class BaseDirections(nn.Module):
+    """Nothing in it is trained: `fit` finds the directions, and two numbers of the settings say how far they count.
+
+    It works on the head's vectors, that is after pooling, power, centring and whitening (`Vectors`). The weight vector of a
+    class with mean m, length 1, of K images is
+
+        w = m + (s / K) * unit(sum over j of sqrt(l_j / l_1) * <m, v_j> * v_j),
+
+    v_j being the principal directions of the means of the base classes, l_j their variances and s = config.base_share: a class
+    that is known from few images is assumed to lie where base classes lie. Weights and queries, at length 1, are then compared
+    from c = config.episode_share * the mean of the w of the episode's classes, instead of 0.
+    """
+
+    directions: Tensor
+    """(16, D): v_j, each times the fourth root of l_j / l_1; zeros if there are fewer."""
+    needs_statistics = True
+
+    def __init__(self, config: ModelConfig, channels: int) -> None:
+        super().__init__()
+        if not config.pool:
+            raise ValueError(
+                "model.pool (0) must be 1, 2, 3 or 4 for model.generator base_directions, whose vectors need maps of a known "
+                "size; use --model.pool 2"
+            )
+        self.vectors = Vectors(config, channels)
+        self.base_share, self.episode_share = config.base_share, config.episode_share
+        self.channels = channels * config.pool**2
+        self.register_buffer("directions", torch.zeros(DIRECTIONS, self.channels))
+
+    @torch.no_grad()
+    def fit(self, maps: Tensor, labels: Tensor) -> None:
+        """Find the statistics of `vectors` and the directions from images of the base classes, as `Fitted`."""
+        if self.vectors.needs_statistics:
+            self.vectors.fit(maps, labels)
+        x = torch.cat([self.vectors(piece[None])[0] for piece in maps.split(1000)])  # (n, D)
+        counts = labels.bincount()  # (classes,)
+        means = x.new_zeros(len(counts), x.shape[1]).index_add_(0, labels, x)[counts > 0]  # (classes, D)
+        means /= counts[counts > 0, None]
+        _, lengths, found = torch.linalg.svd(means - means.mean(0), full_matrices=False)  # (r,), (r, D)
+        shares = (lengths / lengths[0].clamp_min(1e-12))[:DIRECTIONS, None]  # (r, 1), sqrt(l_j / l_1)
+        self.directions.zero_()
+        self.directions[: len(shares)] = shares.sqrt() * found[:DIRECTIONS]
+
+    def encode(self, features: Tensor, _episodes: int) -> Tensor:
+        """features (n, F, h, w) -> vectors (n, D)."""
+        x: Tensor = self.vectors(features[None])[0]
+        return x
+
+    def generate(self, codes: Tensor, ways: int, _noise: Tensor | None) -> Weights:
+        """codes (B, S, D) -> shift of each support image (B, S, D) and centre (B, D), in full precision."""
+        with torch.autocast(codes.device.type, enabled=False):
+            by_class = codes.unflatten(1, (ways, -1))  # (B, N, K, D)
+            means = by_class.mean(2)  # (B, N, D)
+            weights = self.class_weights(means, by_class.shape[2])  # (B, N, D)
+            centre = self.episode_share * weights.mean(1)  # (B, D)
+            moved = means.norm(dim=-1, keepdim=True) * (weights - centre[:, None])  # (B, N, D)
+            return [((moved - means).repeat_interleave(by_class.shape[2], dim=1), centre)]
+
+    def class_weights(self, means: Tensor, shots: int | Tensor) -> Tensor:
+        """Class means (..., N, D) of `shots` images each, a number or (N, 1) -> weights w (..., N, D) before centring."""
+        m = unit(means)
+        return m + self.base_share / shots * unit(m @ self.directions.T @ self.directions)  # (..., N, D)
+
+    def transform(self, features: Tensor, weights: Weights) -> Tensor:
+        """features (B, S + T, F, h, w) -> vectors as maps (B, S + T, D, 1, 1)."""
+        ((shift, centre),) = weights
+        x = self.vectors(features)  # (B, S + T, D)
+        shots = shift.shape[1]
+        moved = torch.cat([x[:, :shots] + shift, unit(x[:, shots:]) - centre[:, None]], dim=1)  # (B, S + T, D)
+        return moved[..., None, None]
