@@ -206,7 +206,7 @@ _STRONG = Config.of(
     data="fc100",
     stages=("pretraining",),
     name="strong",
-    model=_PRETRAINED,
+    model=dataclasses.replace(_PRETRAINED, generator="base_directions"),
     eval_copies=5,
     eval_flips=True,
     **{"pretraining.steps": 10_000, "pretraining.eval_every": 2500},
