@@ -96,10 +96,13 @@ class Pretraining(Task):
             raise ValueError(
                 "model.norm_scope ('episode') does not suit stage pretraining, which has no episodes; use global"
             )
-        if self.config.run.stages[-1] == "pretraining" and model.generator != "none":
+        with torch.device("meta"):
+            generator = LGMNet(model).generator
+        assert isinstance(generator, nn.Module)
+        if self.config.run.stages[-1] == "pretraining" and any(True for _ in generator.parameters()):
             raise ValueError(
                 f"model.generator ({model.generator!r}) is not trained by stage pretraining; add a stage that trains it, or "
-                "use --model.generator none"
+                "use --model.generator none or base_directions"
             )
 
     def module(self, model: LGMNet) -> nn.Module:
