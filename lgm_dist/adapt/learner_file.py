@@ -110,24 +110,19 @@ _UNREADABLE = (
 
 
 def low_rank(whitening: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Whitening matrices W (..., D, D) -> what `from_low_rank` makes matrices of with nearly the same W^T W.
+    """Symmetric whitening matrices (..., D, D) -> what `from_low_rank` makes nearly the same matrices of.
 
-    Returns the square root of the mean of the eigenvalues of W^T W that are left out (..., 1), the square roots of the
-    `rank` that are kept (..., rank), and their eigenvectors (..., rank, D) in half precision.
+    Returns the mean of the eigenvalues that are left out (..., 1), the `rank` that are kept (..., rank), and their
+    eigenvectors (..., rank, D) in half precision.
     """
-    w = whitening.double()
-    values, vectors = torch.linalg.eigh(w.mT @ w)  # ascending; (..., D), (..., D, D)
-    roots = values.clamp_min(0).sqrt()
-    # shrinkage gives directions of little variance one large value; those of much variance have small ones
-    return (
-        values[..., rank:].mean(-1, keepdim=True).clamp_min(0).sqrt().float(),
-        roots[..., :rank].float(),
-        vectors[..., :rank].mT.half(),
-    )
+    values, vectors = torch.linalg.eigh(whitening.double())  # ascending; (..., D), (..., D, D)
+    # Shrinkage gives all directions of little variance about the same large value; those of much variance have small ones.
+    bulk = values[..., rank:].mean(-1, keepdim=True)  # (..., 1)
+    return bulk.float(), values[..., :rank].float(), vectors[..., :rank].mT.half()
 
 
 def from_low_rank(bulk: Tensor, scales: Tensor, components: Tensor) -> Tensor:
-    """bulk (..., 1), scales (..., rank), components (..., rank, D) -> symmetric whitening matrices (..., D, D)."""
+    """bulk (..., 1), scales (..., rank), components (..., rank, D) -> whitening matrices (..., D, D)."""
     v = components.float()
     identity = torch.eye(v.shape[-1])
     return bulk[..., None] * identity + v.mT @ ((scales - bulk)[..., None] * v)

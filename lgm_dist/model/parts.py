@@ -83,7 +83,9 @@ class Head(Protocol):
 
 @runtime_checkable
 class Fitted(Protocol):
-    """A head, or a module of one, with statistics of the base classes, which it keeps as buffers."""
+    """A generator, a head, or a module of a head with statistics of the base classes, which it keeps as buffers.
+
+    A generator of this kind has no trained weights, and its maps may have any size."""
 
     needs_statistics: bool
     """Whether `fit` has something to find."""

@@ -42,6 +42,7 @@ HEADS: tuple[Settings, ...] = (
     {**_ALL, **_BEST, "model.pool": 3},
     {**_ALL, **_BEST, "model.pool": 3, "model.rotations": 4},
     {**_ALL, **_BEST, "model.pool": 3, "model.rotations": 4, "model.blocks": 2},
+    {**_ALL, **_BEST, "model.pool": 3, "model.rotations": 4, "model.blocks": 2, "model.generator": "base_directions"},
     {**_ALL, **_BEST, "model.head": "cnaps"},
     {**_ALL, **_BEST, "model.head": "logistic"},
     {**_ALL, **_COPIES, "model.power": 0.5, "model.head": "ridge"},
@@ -67,7 +68,8 @@ class Row:
     def __str__(self) -> str:
         shown = self.settings
         if shown.keys() == _PLAIN.keys():  # a row of HEADS, which inherits nothing from the run
-            shown = {name: value for name, value in shown.items() if name == "model.head" or value != _PLAIN[name]}
+            kept = {"model.head": "", "model.generator": "none"}
+            shown = {name: value for name, value in shown.items() if value != kept.get(name, _PLAIN[name])}
         return " ".join(f"{name}={str(value).lower()}" for name, value in shown.items()) or "as trained"
 
 

@@ -11,7 +11,7 @@ from lgm_dist.model.layers import unit
 from lgm_dist.model.parts import Weights, register_generator
 
 DIRECTIONS = 16
-"""Directions of the base classes that are kept; a multiple changes the accuracy by less than 0.1 points."""
+"""Directions of the base classes that are kept."""
 
 
 @register_generator("base_directions")

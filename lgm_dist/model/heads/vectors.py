@@ -34,7 +34,7 @@ class Vectors(nn.Module):
     mean: Tensor
     """(D,): over the images of the base classes."""
     whitening: Tensor
-    """(R, D / R, D / R), lower triangular; (D, D) for one part."""
+    """(R, D / R, D / R), symmetric; (D, D) for one part."""
 
     def __init__(self, config: ModelConfig, channels: int, *, places: bool = False) -> None:
         super().__init__()
@@ -107,12 +107,12 @@ def covariance_within(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
-    """The inverse of the Cholesky factor of the shrunk covariance, relative to its mean eigenvalue: (D, D) -> (D, D)."""
-    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    """The symmetric inverse square root of the shrunk covariance, relative to its mean eigenvalue: (D, D) -> (D, D)."""
     relative = covariance / covariance.diagonal().mean().clamp_min(_TINY)  # (D, D)
-    factor = torch.linalg.cholesky((1 - shrinkage) * relative + shrinkage * identity)  # (D, D)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)  # (D, D)
-    return inverse
+    values, vectors = torch.linalg.eigh(relative)  # (D,), (D, D)
+    shrunk = (1 - shrinkage) * values.clamp_min(0) + shrinkage  # (D,)
+    root: Tensor = (vectors * shrunk.rsqrt()) @ vectors.T  # (D, D)
+    return root
 
 
 def cosine_similarities(query: Tensor, others: Tensor) -> Tensor:
