@@ -17,7 +17,16 @@ from lgm_dist.config import Config
 from lgm_dist.data import ImageBank, open_bank
 from lgm_dist.data.episodes import draw_rows, load_images
 from lgm_dist.model import LGMNet, build_model
-from lgm_dist.training.calibration import RATES, SCORES, Calibration, Cell, calibrate, fit_temperature, score_of
+from lgm_dist.training.calibration import (
+    RATES,
+    SCORES,
+    Calibration,
+    Cell,
+    calibrate,
+    fit_temperature,
+    measure,
+    score_of,
+)
 from lgm_dist.training.reliability import auroc, reliability, wilson
 
 RNG = np.random.default_rng(3)
@@ -150,6 +159,23 @@ def test_calibrate_against_a_loop(model: LGMNet, bank: ImageBank, config: Config
     assert found.score == max(SCORES, key=lambda name: sum(a[name] for a in aurocs))
     assert calibrate(model, bank, config, shots=(1, 2), episodes=4) == found
     assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_measure_on_other_episodes(model: LGMNet, bank: ImageBank, config: Config) -> None:
+    fitted = calibrate(model, bank, config, shots=(1, 2), episodes=4)
+    again = measure(fitted, model, bank, config, shots=(1, 2), episodes=4, rate=0.25)  # on those that it was fitted to
+    for found, cell in zip(again, fitted.cells, strict=True):
+        assert (found.ways, found.shot, found.auroc) == (cell.ways, cell.shot, cell.auroc)
+        assert (found.reliability.error, found.error_before) == pytest.approx((cell.error, cell.error_before))
+        assert found.reliability.counts.sum() == 4 * 3 * 3
+        assert found.false_alarms == pytest.approx(0.25, abs=0.5 / 9)
+    other = config.replace(eval_seed=5)
+    (found,) = measure(fitted, model, bank, other, shots=(2,), episodes=4)
+    inside, labels, outside = by_loop(model, bank, other, 2)
+    p = special.softmax(inside / fitted.temperature(3, 2), 1)
+    assert found.reliability.error == pytest.approx(reliability(p.max(1), p.argmax(1) == labels).error, abs=1e-3)
+    scores = score_of(fitted.score, torch.from_numpy(outside), fitted.temperature(3, 2)).numpy()
+    assert found.found == pytest.approx((scores < fitted.threshold(3, 2)).mean())
 
 
 def test_without_other_classes_there_is_no_threshold(model: LGMNet, bank: ImageBank, config: Config) -> None:

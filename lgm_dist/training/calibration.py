@@ -22,9 +22,11 @@ from lgm_dist.training.arithmetic import arithmetic
 from lgm_dist.training.comparison import shared_maps
 from lgm_dist.training.embedding import Maps
 from lgm_dist.training.evaluation import embed_each_image_once
-from lgm_dist.training.reliability import auroc, reliability
+from lgm_dist.training.reliability import Reliability, auroc, reliability
 from lgm_dist.training.worker import Worker
 
+Size = tuple[int, int]
+"""Ways and shots of episodes."""
 EPISODES = 600
 SHOTS = (1, 5)
 RATE = 0.05
@@ -132,20 +134,44 @@ def calibrate(
 
     Raises ValueError for protocol paper, and if the bank is too small for the episodes.
     """
-    if config.episodes.protocol == "paper":
-        raise ValueError(
-            "calibration needs protocol standard: paper leaks the label, and its probabilities with it; leave it out"
-        )
-    own = config.episode(bank.split)
-    fitting = [k for k in sorted(set(shots)) if k + own.query <= bank.counts.min()] or [own.shot]
-    sizes = [(n, k) for n in ways or (own.ways,) for k in fitting]
-    configs = [_wider(config, bank, *size) for size in sizes]
-    maps = shared_maps(model, bank, configs, episodes, Worker(device=device))
-    answers = [
-        _answers(model, bank, wider, size, episodes, Worker(device=device), maps)
-        for size, wider in zip(sizes, configs, strict=True)
-    ]
-    return _fitted(sizes, answers, episodes)
+    answers = _all_answers(model, bank, config, shots, ways, episodes, Worker(device=device))
+    return _fitted(answers, episodes)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How good a calibration is on episodes of one size."""
+
+    ways: int
+    shot: int
+    reliability: Reliability
+    """With the calibration's temperature."""
+    error_before: float
+    """Expected calibration error without it."""
+    auroc: Mapping[str, float]
+    """Of each of SCORES; empty if there were no other classes."""
+    false_alarms: float | None
+    """Share of queries of the episode's classes that are called unknown; None without thresholds."""
+    found: float | None
+    """Share of queries of other classes that are called unknown."""
+
+
+@torch.no_grad()
+@arithmetic()
+def measure(
+    calibration: Calibration,
+    model: LGMNet,
+    bank: ImageBank,
+    config: Config,
+    shots: Sequence[int] = SHOTS,
+    ways: Sequence[int] = (),
+    episodes: int = EPISODES,
+    device: str = "cpu",
+    rate: float = RATE,
+) -> list[Measured]:
+    """Measure a calibration on episodes of another bank, such as the test split; see `calibrate` for the arguments."""
+    answers = _all_answers(model, bank, config, shots, ways, episodes, Worker(device=device))
+    return [_measured(calibration, size, a, rate) for size, a in answers.items()]
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -187,13 +213,34 @@ class _Answers(NamedTuple):
     """(m, N): of queries of other classes."""
 
 
+def _all_answers(
+    model: LGMNet,
+    bank: ImageBank,
+    config: Config,
+    shots: Sequence[int],
+    ways: Sequence[int],
+    episodes: int,
+    worker: Worker,
+) -> dict[Size, _Answers]:
+    """The answers of each size of episodes, by (ways, shot). Raises ValueError for protocol paper."""
+    if config.episodes.protocol == "paper":
+        raise ValueError(
+            "calibration needs protocol standard: paper leaks the label, and its probabilities with it; leave it out"
+        )
+    own = config.episode(bank.split)
+    fitting = [k for k in sorted(set(shots)) if k + own.query <= bank.counts.min()] or [own.shot]
+    wider = {(n, k): _wider(config, bank, n, k) for n in ways or (own.ways,) for k in fitting}
+    maps = shared_maps(model, bank, list(wider.values()), episodes, worker)
+    return {size: _answers(model, bank, w, size, episodes, worker, maps) for size, w in wider.items()}
+
+
 def _wider(config: Config, bank: ImageBank, ways: int, shot: int) -> Config:
     """Episodes with up to as many classes again: the first `ways` are those of the episode, the others are outside of it."""
     return config.replace(eval_ways=max(min(2 * ways, len(bank.classes)), ways), eval_shot=shot)
 
 
 def _answers(
-    model: LGMNet, bank: ImageBank, wider: Config, size: tuple[int, int], episodes: int, worker: Worker, maps: Maps
+    model: LGMNet, bank: ImageBank, wider: Config, size: Size, episodes: int, worker: Worker, maps: Maps
 ) -> _Answers:
     ways, shot = size
     images = ways * shot
@@ -209,14 +256,14 @@ def _answers(
     return _Answers(torch.cat(inside), torch.cat(labels), torch.cat(outside))
 
 
-def _fitted(sizes: Sequence[tuple[int, int]], answers: Sequence[_Answers], episodes: int) -> Calibration:
+def _fitted(answers: Mapping[Size, _Answers], episodes: int) -> Calibration:
     """The calibration of these answers, with the score that has the largest mean AUROC."""
-    temperatures = [fit_temperature(a.inside, a.labels) for a in answers]
-    pairs = list(zip(answers, temperatures, strict=True))
+    temperatures = [fit_temperature(a.inside, a.labels) for a in answers.values()]
+    pairs = list(zip(answers.values(), temperatures, strict=True))
     aurocs = [_aurocs(a, t) for a, t in pairs]
     score = max(SCORES, key=lambda name: sum(found[name] for found in aurocs)) if all(aurocs) else ""
     cells = []
-    for (ways, shot), (a, t), found in zip(sizes, pairs, aurocs, strict=True):
+    for (ways, shot), (a, t), found in zip(answers, pairs, aurocs, strict=True):
         scores = score_of(score, a.inside, t).double().numpy() if score else None
         thresholds = () if scores is None else tuple(np.quantile(scores, RATES).tolist())
         cells.append(Cell(ways, shot, episodes, t, _error(a, t), _error(a, 1.0), thresholds, found))
@@ -231,7 +278,22 @@ def _aurocs(answers: _Answers, temperature: float) -> dict[str, float]:
     return {name: auroc(inside[name], outside[name]) for name in SCORES}
 
 
+def _measured(calibration: Calibration, size: Size, answers: _Answers, rate: float) -> Measured:
+    ways, shot = size
+    temperature, threshold = calibration.temperature(ways, shot), calibration.threshold(ways, shot, rate)
+    aurocs = _aurocs(answers, temperature)
+    shares: list[float | None] = [None, None]
+    if threshold is not None and aurocs:
+        scores = [score_of(calibration.score, logits, temperature) for logits in (answers.inside, answers.outside)]
+        shares = [float((score < threshold).double().mean()) for score in scores]
+    return Measured(ways, shot, _reliability(answers, temperature), _error(answers, 1.0), aurocs, *shares)
+
+
 def _error(answers: _Answers, temperature: float) -> float:
     """The expected calibration error with this temperature."""
+    return _reliability(answers, temperature).error
+
+
+def _reliability(answers: _Answers, temperature: float) -> Reliability:
     confidence, guesses = (answers.inside / temperature).softmax(-1).max(-1)  # (n,) each
-    return reliability(confidence.numpy(), (guesses == answers.labels).numpy()).error
+    return reliability(confidence.numpy(), (guesses == answers.labels).numpy())
