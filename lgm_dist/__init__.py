@@ -7,8 +7,8 @@
     bank = open_bank("data/glyphs/glyphs.json", "test")  # images of classes that it has never seen
     print(evaluate(learner.model, bank, learner.config, "test", episodes=600).score)
 
-    support, query = learner.prepare(labelled), learner.prepare(unlabelled)  # uint8 images (n, H, W, C), sorted by class
-    log_p = learner.model(support[None], query[None], ways=5)  # (1, queries, 5)
+    classifier = learner.adapt("photos/")  # a folder of class folders, with any number of photos a class
+    print(classifier.report(), classifier.predict(["new.jpg"])[0].label)
 
 A name is imported when it is first used, so that `import lgm_dist` loads no other library.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lgm_dist.adapt.classifier import Classifier
     from lgm_dist.adapt.learner import Learner, learners, load
     from lgm_dist.cluster.fit import fit
     from lgm_dist.config import Config
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Classifier",
     "Config",
     "LGMNet",
     "Learner",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Classifier": "lgm_dist.adapt.classifier",
     "Config": "lgm_dist.config",
     "LGMNet": "lgm_dist.model",
     "Learner": "lgm_dist.adapt.learner",

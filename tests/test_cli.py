@@ -189,7 +189,20 @@ def test_help_lists_the_commands_with_one_line_each() -> None:
     assert (status, errors) == (0, "")
     lines = re.findall(r"^  (\w+) +(\w.*)$", out, re.MULTILINE)
     assert [name for name, _ in lines] == (
-        ["prepare", "train", "evaluate", "export", "sweep", "grid", "report", "submit", "replay", "bench"]
+        [
+            "prepare",
+            "train",
+            "evaluate",
+            "export",
+            "adapt",
+            "predict",
+            "sweep",
+            "grid",
+            "report",
+            "submit",
+            "replay",
+            "bench",
+        ]
     )
     assert all(2 < len(what.split()) < 15 for _, what in lines)
     assert run("-h") == (0, out, "")

@@ -159,7 +159,7 @@ def test_the_package_itself_loads_no_library() -> None:
 def test_the_package_offers_its_public_names() -> None:
     import lgm_dist
     from lgm_dist import config, data, model
-    from lgm_dist.adapt import learner
+    from lgm_dist.adapt import classifier, learner
     from lgm_dist.cluster import fit
     from lgm_dist.training import evaluation
 
@@ -168,11 +168,23 @@ def test_the_package_offers_its_public_names() -> None:
     assert data.open_bank is lgm_dist.open_bank
     assert data.sample_episodes is lgm_dist.sample_episodes
     assert model.LGMNet is lgm_dist.LGMNet
+    assert classifier.Classifier is lgm_dist.Classifier
     assert learner.load is lgm_dist.load
     assert learner.learners is lgm_dist.learners
     assert learner.Learner is lgm_dist.Learner
     assert evaluation.evaluate is lgm_dist.evaluate
-    names = ("Config", "LGMNet", "Learner", "__version__", "evaluate", "fit", "learners", "load", "open_bank")
+    names = (
+        "Classifier",
+        "Config",
+        "LGMNet",
+        "Learner",
+        "__version__",
+        "evaluate",
+        "fit",
+        "learners",
+        "load",
+        "open_bank",
+    )
     assert dir(lgm_dist) == [*names, "sample_episodes"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", lgm_dist.__version__)
     with pytest.raises(AttributeError, match="module 'lgm_dist' has no attribute 'fitt'"):

@@ -86,7 +86,8 @@ def test_saving_again_changes_nothing(trained: Path, tmp_path: Path) -> None:
 
 def test_the_strong_network_takes_less_than_a_megabyte(tmp_path: Path) -> None:
     config = PRESETS["strong"]
-    path = learner_file.write(tmp_path / "a", build_model(config.model), config, TrainState(), FACTS)
+    contents = learner_file.Contents(build_model(config.model), config, TrainState(), FACTS)
+    path = learner_file.write(tmp_path / "a", learner_file.pack(contents))
     assert path.stat().st_size < 1_000_000
 
 
@@ -161,6 +162,11 @@ def test_export_and_evaluate_of_the_file(trained: Path, tiny: Path, tmp_path: Pa
     out = tmp_path / "small.safetensors"
     text = command("export", str(trained), "--out", str(out), "--rank", "24")
     assert f"written to {out} (0.0" in text
+    calibration = load(out).calibration
+    assert calibration is not None
+    assert [(cell.ways, cell.shot) for cell in calibration.cells] == [(3, 1), (3, 5)]
+    assert load(trained).calibration == calibration  # calibration.json in the run's folder
+    assert "| 3-way 1-shot | " in text
     shown = command("evaluate", str(out), "--data", str(tiny), "--episodes", "20", "--out", str(tmp_path / "out.json"))
     assert shown.startswith(f"{out}, step 6\n")
     of_file = json.loads((tmp_path / "out.json").read_text())["results"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +17,20 @@ from lgm_dist.checks import did_you_mean
 from lgm_dist.config import Config
 from lgm_dist.model import LGMNet
 from lgm_dist.runs.checkpoint import ImageFacts, TrainState
+from lgm_dist.runs.files import read_json
 from lgm_dist.runs.load import load_run
+from lgm_dist.training.calibration import Calibration
+
+if TYPE_CHECKING:
+    from lgm_dist.adapt.classifier import Classifier
+    from lgm_dist.adapt.photos import Problem
 
 LEARNERS = Path(__file__).parent / "learners"
 """The learners that the package brings along: NAME.safetensors and its card, NAME.md."""
+
+
+CALIBRATION = "calibration.json"
+"""In the folder of a run: the calibration of its checkpoint that was best on val."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +47,36 @@ class Learner:
     """Its step, and its accuracy on val."""
     images: ImageFacts | None
     """The size and normalisation of images, and the base classes; None for a checkpoint of the first version."""
+    calibration: Calibration | None = None
+    """What makes its probabilities mean something; None before `calibrate`."""
+
+    def adapt(self, photos: Problem) -> Classifier:
+        """Make a classifier of labelled photos of new classes, in one forward pass.
+
+        Args:
+            photos: A folder of class folders, or the photos of each class by name: paths, PIL images, arrays (H, W, C) or
+                tensors. 2 to 1,000 classes, each with any number of photos.
+
+        A photo is read as `lgm-dist prepare folder` reads it, and resized to the size that the learner knows. Raises ValueError
+        for a photo that cannot be read, and for classes of unequal size if a part of the network needs equal ones.
+        """
+        return self.adapt_many([photos])[0]
+
+    def adapt_many(self, problems: Sequence[Problem]) -> list[Classifier]:
+        """Make the classifiers of several problems at once: the same as `adapt` makes of each, in less time.
+
+        Raises ValueError as `adapt`.
+        """
+        from lgm_dist.adapt.classifier import adapt_many
+
+        return adapt_many(self, problems)
 
     def prepare(self, pixels: npt.NDArray[np.uint8] | Tensor) -> Tensor:
         """Normalise images as in training: uint8 (n, H, W, C) -> float32 (n, C, H, W), channels last in memory.
 
         Raises ValueError for images of another type, size or number of channels, and if the checkpoint lacks `images`.
         """
-        images = self._images()
+        images = self.image_facts()
         x = torch.as_tensor(pixels)  # (n, H, W, C)
         wanted = (images.height, images.width, images.channels)
         if x.dtype != torch.uint8 or x.dim() != 4 or tuple(x.shape[1:]) != wanted:
@@ -61,14 +96,25 @@ class Learner:
 
         Raises ValueError for a checkpoint of the first version, and OSError if the file cannot be written.
         """
-        return learner_file.write(Path(path), self.model, self.config, self.state, self._images(), rank)
+        return learner_file.write(Path(path), learner_file.pack(self.contents(), rank))
+
+    def contents(self) -> learner_file.Contents:
+        """What its file holds. Raises ValueError for a checkpoint of the first version."""
+        return learner_file.Contents(self.model, self.config, self.state, self.image_facts(), self.calibration)
 
     def card(self) -> str:
         """What a learner of the package was trained on, how, and how accurate it is (Markdown); empty for others."""
         path = LEARNERS / f"{self.name}.md"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def _images(self) -> ImageFacts:
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W, C of the images that the network sees. Raises ValueError as `image_facts`."""
+        facts = self.image_facts()
+        return facts.height, facts.width, facts.channels
+
+    def image_facts(self) -> ImageFacts:
+        """`images`. Raises ValueError for a checkpoint of the first version."""
         if self.images is None:
             raise ValueError(
                 f"checkpoint {self.name} is of an earlier version, which did not keep the mean and size of its images; "
@@ -95,7 +141,7 @@ def load(source: str | Path) -> Learner:
     path = Path(source)
     if path.is_dir():
         run = load_run(path)
-        return Learner(str(run.folder), run.model, run.config, run.state, run.images)
+        return Learner(str(run.folder), run.model, run.config, run.state, run.images, _calibration_of(run.folder))
     if path.is_file():
         return Learner(str(path), *learner_file.read(path))
     if str(source) in learners():
@@ -104,6 +150,18 @@ def load(source: str | Path) -> Learner:
         f"there is no run, no file and no learner {str(source)!r}; name a run's folder, a file of Learner.save, or a learner "
         f"of the package ({did_you_mean(str(source), learners())})"
     )
+
+
+def _calibration_of(checkpoint: Path) -> Calibration | None:
+    """What `lgm-dist export` has written beside the checkpoints of a run; of this very checkpoint alone."""
+    path = checkpoint.parent.parent / CALIBRATION
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+        return Calibration.from_dict(record) if record["checkpoint"] == checkpoint.name else None
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or write it again with lgm-dist export") from None
 
 
 def learners() -> list[str]:

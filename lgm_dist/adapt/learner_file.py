@@ -1,15 +1,18 @@
 """The file of a learner: tensors as safetensors, with the configuration and the facts of images as JSON in its header.
 
 It is small (conv4 with the head of `--preset strong`: under 1 MB), and reading it executes nothing. The header's `lgm_dist`
-has `format`, `config`, `state` and `images`, as the state.json of a checkpoint.
+has `format`, `config`, `state` and `images`, as the state.json of a checkpoint, and `calibration` if there is one. The file of
+a classifier is one of a learner too, with more tensors and `classifier` in the header (see `classifier_file`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -20,10 +23,13 @@ from lgm_dist.config import SETTINGS, Config, marked
 from lgm_dist.model import LGMNet
 from lgm_dist.runs.checkpoint_files import DamagedCheckpoint, ImageFacts, TrainState, check_tensors
 from lgm_dist.runs.files import write_bytes
+from lgm_dist.training.calibration import Calibration
 
 FORMAT = 1
 """Version of the format that is written. A newer one is refused."""
-RANK = 64
+MOST_SIDE = 4096
+"""Largest height and width of images that a file may claim; they are memory of whoever reads it."""
+RANK = 48
 """Components of each whitening matrix that are kept."""
 _HALF = ("backbone.", "generator.")
 """What the names of tensors that are kept in half precision begin with."""
@@ -38,21 +44,26 @@ class Contents(NamedTuple):
     config: Config
     state: TrainState
     images: ImageFacts
+    calibration: Calibration | None = None
 
 
-def write(path: Path, model: LGMNet, config: Config, state: TrainState, images: ImageFacts, rank: int = RANK) -> Path:
-    """Write a learner to `path` and return it; the classifier of the base classes is left out.
+class Packed(NamedTuple):
+    """What is written: tensors by name, and the record of the header."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+def pack(contents: Contents, rank: int = RANK) -> Packed:
+    """What the file of a learner holds; the classifier of the base classes is left out.
 
     Args:
-        path: Written beside its place and renamed.
-        model: The network.
-        config: Its configuration; what it says of data, run and machine is left out but for the names and the seed.
-        state: Its step, and its accuracy on val.
-        images: The facts of its images.
+        contents: The learner; what its configuration says of data, run and machine is left out but for the names and the seed.
         rank: Components of each whitening matrix that are kept.
 
-    Raises ValueError for a rank below 0, OSError if the file cannot be written.
+    Raises ValueError for a rank below 0.
     """
+    model, config, state, images, calibration = contents
     if rank < 0:
         raise ValueError(f"rank ({rank}) must be at least 0, which keeps nothing of a whitening")
     tensors: dict[str, Tensor] = {}
@@ -69,8 +80,13 @@ def write(path: Path, model: LGMNet, config: Config, state: TrainState, images: 
         "state": dataclasses.asdict(state),
         "images": dataclasses.asdict(images),
     }
-    header = {"lgm_dist": json.dumps(record)}
-    write_bytes(path, to_bytes({name: x.contiguous() for name, x in tensors.items()}, header))
+    return Packed(tensors, record | ({"calibration": calibration.to_dict()} if calibration else {}))
+
+
+def write(path: Path, packed: Packed) -> Path:
+    """Write `packed` beside its place, rename it and return the path. Raises OSError if the file cannot be written."""
+    header = {"lgm_dist": json.dumps(packed.record)}
+    write_bytes(path, to_bytes({name: x.contiguous() for name, x in packed.tensors.items()}, header))
     return path
 
 
@@ -79,28 +95,52 @@ def read(path: Path) -> Contents:
 
     Raises ValueError for another file, a damaged one, or one of a later version.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            record = json.loads((file.metadata() or {})["lgm_dist"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-        if record["format"] > FORMAT:
-            raise _Later(f"{path} has format {record['format']}, newer than {FORMAT}; update lgm_dist")
-        config, state = Config.from_dict(record["config"]), TrainState(**record["state"])
-        images = ImageFacts.from_dict(record["images"])
-        tensors = _expanded(tensors)
-        with torch.device("meta"):  # takes no memory, however large the network that the file claims to hold
-            check_tensors(path, {"model": tensors}, LGMNet(config.model))
-    except _Later:
-        raise
-    except (OSError, *_UNREADABLE) as error:
-        raise ValueError(f"{path} is not the file of a learner ({error}); write it with Learner.save") from None
+    with plain_errors(path, "learner", "Learner.save"):
+        packed = read_packed(path)
+        if "classifier" in packed.record:
+            raise Refused(f"{path} is the file of a classifier; load it with lgm_dist.Classifier.load")
+        return unpack(path, packed)
+
+
+def read_packed(path: Path) -> Packed:
+    """What a file holds. Raises `Refused` for one of a later version; see `plain_errors` for others."""
+    with safetensors.safe_open(path, "pt") as file:
+        record = json.loads((file.metadata() or {})["lgm_dist"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    if record["format"] > FORMAT:
+        raise Refused(f"{path} has format {record['format']}, newer than {FORMAT}; update lgm_dist")
+    return Packed(tensors, record)
+
+
+def unpack(path: Path, packed: Packed) -> Contents:
+    """The learner in what a file holds; see `plain_errors` for what is raised if there is none."""
+    record = packed.record
+    config, state = Config.from_dict(record["config"]), TrainState(**record["state"])
+    images = ImageFacts.from_dict(record["images"])
+    if not (1 <= min(images.height, images.width) <= max(images.height, images.width) <= MOST_SIDE):
+        raise ValueError(f"images of {images.width} x {images.height}")
+    calibration = Calibration.from_dict(record["calibration"]) if record.get("calibration") else None
+    tensors = _expanded(packed.tensors)
+    with torch.device("meta"):  # takes no memory, however large the network that the file claims to hold
+        check_tensors(path, {"model": tensors}, LGMNet(config.model))
     model = LGMNet(config.model)
     model.load_state_dict(tensors)
-    return Contents(model.eval(), config, state, images)
+    return Contents(model.eval(), config, state, images, calibration)
 
 
-class _Later(ValueError):
-    """The file is of a later version."""
+class Refused(ValueError):
+    """The file is whole, but for another reader."""
+
+
+@contextmanager
+def plain_errors(path: Path, what: str, writer: str) -> Iterator[None]:
+    """Turn what reading a wrong or damaged file raises into a ValueError of one sentence."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (OSError, *_UNREADABLE) as error:
+        raise ValueError(f"{path} is not the file of a {what} ({error}); write it with {writer}") from None
 
 
 _UNREADABLE = (

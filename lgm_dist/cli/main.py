@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train a learner and evaluate it on test classes",
     "evaluate": "evaluate a trained run on other ways, shots or data",
     "export": "write a trained learner to one small file",
+    "adapt": "make a classifier of your own labelled photos",
+    "predict": "classify photos with it",
     "sweep": "search for better settings with Ray Tune",
     "grid": "train every combination of ways and shots and compare them",
     "report": "write report.html about runs and sweeps, and a dashboard on W&B",

@@ -52,6 +52,8 @@ class ImageBank:
     """sha256 of the manifest (hex)."""
     folder: Path | None = None
     """Folder of the mapped file; None if the images are in memory only."""
+    counters: npt.NDArray[np.int64] | None = None
+    """(n,): what the random copies of each image are drawn from; None: its row."""
 
     def __repr__(self) -> str:
         height, width, channels = self.images.shape[1:]

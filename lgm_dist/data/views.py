@@ -1,12 +1,14 @@
 """Views of the images of a bank: the image, its mirror image, random copies of it.
 
-A copy is a pure function of (eval_seed, split, row of the image, number of the copy).
+A copy is a pure function of (eval_seed, split, row of the image, number of the copy). A bank may have another number in the
+place of the row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lgm_dist.config import Config
@@ -32,5 +34,6 @@ def _change(bank: ImageBank, config: Config, rows: Tensor, view: int) -> Callabl
         return lambda images, _: images.flip(2)
     augmentation = FlipShift(bank.shape)
     words = RandomWords(config.episodes.eval_seed, bank.split, {Purpose.COPIES: view * augmentation.words})
-    parameters = augmentation.draw(words(rows)[Purpose.COPIES][:, -augmentation.words :])  # (n, P)
+    numbers = rows if bank.counters is None else torch.from_numpy(bank.counters)[rows]  # (n,)
+    parameters = augmentation.draw(words(numbers)[Purpose.COPIES][:, -augmentation.words :])  # (n, P)
     return lambda images, place: augmentation.apply(images, parameters[place])

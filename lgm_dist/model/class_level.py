@@ -7,6 +7,7 @@ weights in that order. Shapes as in `lgm_dist.model.parts`; codes are the averag
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,17 @@ class ClassShift(ClassLevel):
         shots = shift.shape[1]
         moved = features[:, :shots] + shift[..., None, None].to(features.dtype)  # (B, S, F, h, w)
         return torch.cat([moved, features[:, shots:]], dim=1)  # (B, S + T, F, h, w)
+
+
+def shifts_of_means(generator: ClassShift, codes: Tensor, shots: Sequence[int]) -> Weights:
+    """What `generate` returns for classes of shots[c] images each, if the generator reads the class means alone."""
+    shift = generator.generate(class_means(codes, shots), len(shots), None)[0][0]  # (B, N, F)
+    return [(shift.repeat_interleave(torch.tensor(shots, device=shift.device), dim=1),)]  # (B, S, F)
+
+
+def class_means(codes: Tensor, shots: Sequence[int]) -> Tensor:
+    """Codes (B, S, F), class-major, shots[c] of class c -> means (B, N, F)."""
+    return torch.stack([part.mean(1) for part in codes.split(list(shots), 1)], 1)  # (B, N, F)
 
 
 def cosines(means: Tensor) -> Tensor:

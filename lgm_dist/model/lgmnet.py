@@ -12,7 +12,7 @@ Shape legend: see `lgm_dist.model.parts`, where the three parts are defined.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,7 +23,16 @@ from torch.nn import functional as F
 from lgm_dist.config import ModelConfig
 from lgm_dist.model.backbones.conv4 import Conv4
 from lgm_dist.model.norm import AllReduce, Norm
-from lgm_dist.model.parts import BACKBONES, GENERATORS, HEADS, Backbone, Generator, Head
+from lgm_dist.model.parts import (
+    BACKBONES,
+    GENERATORS,
+    HEADS,
+    Backbone,
+    Generator,
+    Head,
+    UnequalGenerator,
+    UnequalHead,
+)
 
 Parts = tuple[Backbone, Generator, Head]
 
@@ -89,6 +98,30 @@ class LGMNet(nn.Module):
         weights = self.generator.generate(codes, ways, noise)
         maps = self.generator.transform(features, weights)  # (B, S + T, G, h', w')
         return self.head(maps[:, :shots], maps[:, shots:], ways)
+
+    def logits(self, features: Tensor, codes: Tensor, shots: Sequence[int]) -> Tensor:
+        """As `classify` with the noise at its mean, before the softmax and for classes of shots[c] support images each.
+
+        A head that does not tell its logits gives its log-probabilities. Raises ValueError for unequal shots if a part of the
+        network needs equal ones.
+        """
+        first, equal = codes.shape[1], len(set(shots)) == 1
+        if not equal and (part := self.needs_equal_shots()):
+            raise ValueError(f"{part} needs the same number of images of each class; give each class as many")
+        if equal:
+            weights = self.generator.generate(codes, len(shots), None)
+        else:
+            weights = cast(UnequalGenerator, self.generator).generate_unequal(codes, shots, None)
+        maps = self.generator.transform(features, weights)  # (B, S + T, G, h', w')
+        if hasattr(self.head, "logits"):
+            return cast(UnequalHead, self.head).logits(maps[:, :first], maps[:, first:], shots)  # (B, T, N)
+        return self.head(maps[:, :first], maps[:, first:], len(shots))  # (B, T, N)
+
+    def needs_equal_shots(self) -> str:
+        """The part that cannot take classes of unequal size, as messages name it; empty if both can."""
+        if not hasattr(self.generator, "generate_unequal"):
+            return f"model.generator ({self.config.generator!r})"
+        return "" if hasattr(self.head, "logits") else f"model.head ({self.config.head!r})"
 
     def without_generator(self) -> LGMNet:
         """This network with its generator switched off; backbone and head are shared with it, not copied.

@@ -81,6 +81,21 @@ class Head(Protocol):
         """
 
 
+class UnequalHead(Head, Protocol):
+    """A head that knows its answer before the softmax, for classes with any number of support images."""
+
+    def logits(self, support: Tensor, query: Tensor, shots: Sequence[int], /) -> Tensor:
+        """support (B, S, G, h', w'), class-major, shots[c] images of class c, query (B, T, G, h', w') -> (B, T, N), whose
+        log_softmax is the answer, with all classes equally probable a priori."""
+
+
+class UnequalGenerator(Generator, Protocol):
+    """A generator that takes classes with any number of support images."""
+
+    def generate_unequal(self, codes: Tensor, shots: Sequence[int], noise: Tensor | None, /) -> Weights:
+        """As `generate`, for shots[c] support images of class c."""
+
+
 @runtime_checkable
 class Fitted(Protocol):
     """A generator, a head, or a module of a head with statistics of the base classes, which it keeps as buffers.

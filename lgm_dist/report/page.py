@@ -20,8 +20,9 @@ def text(value: str) -> Html:
 
 
 def tag(name: str, *parts: str, **attributes: str) -> Html:
-    """An element: <name attribute="value">parts</name>. `cls` is the attribute class."""
-    given = "".join(f' {key.replace("cls", "class")}="{html.escape(value)}"' for key, value in attributes.items())
+    """An element: <name attribute="value">parts</name>. `cls` is the attribute class, `data_x` is data-x."""
+    names = {key: key.replace("cls", "class").replace("_", "-") for key in attributes}
+    given = "".join(f' {names[key]}="{html.escape(value)}"' for key, value in attributes.items())
     return Html(f"<{name}{given}>{''.join(text(part) for part in parts)}</{name}>")
 
 

@@ -94,14 +94,17 @@ class KeptMaps:
 
     def _own_sum(self, views: Views, turns: int, blocks: int) -> Tensor:
         """The same for this worker's share of the rows; zeros for the others."""
-        network = _upright(self._model, blocks)
-        one = self._embed(network, slice(0, 1), views[0], turns)  # gives the shape
-        total = one.new_zeros(len(self._rows), *one.shape[1:])  # (m, F, h, w)
+        network, total = _upright(self._model, blocks), None
         for i, j in pieces(self._worker.slice_of(0, len(self._rows)), 1):
             self._worker.heartbeat()
             for view in views:
-                total[i:j] += self._embed(network, slice(i, j), view, turns)
-        return total
+                maps = self._embed(network, slice(i, j), view, turns)  # (j - i, F, h, w)
+                total = self._zeros(maps) if total is None else total
+                total[i:j] += maps
+        return self._zeros(self._embed(network, slice(0, 1), views[0], turns)) if total is None else total
+
+    def _zeros(self, maps: Tensor) -> Tensor:
+        return maps.new_zeros(len(self._rows), *maps.shape[1:])  # (m, F, h, w)
 
     def _embed(self, network: LGMNet, place: slice, view: int, turns: int) -> Tensor:
         images = _load(self._bank, self._config, self._rows[place], view, self._worker)

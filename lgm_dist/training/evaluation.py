@@ -127,7 +127,7 @@ def predictions(
     draws, and the labels (B, T).
     """
     standard = config.episodes.protocol == "standard"
-    embed = partial(_embed_each_image_once, maps=maps) if standard else _embed_episodes
+    embed = partial(embed_each_image_once, maps=maps) if standard else _embed_episodes
     ways = config.episode(split).ways
     for first, features, codes, labels in embed(model, bank, config, split, episodes, worker):
         noise = draw_noise(config, split, first, len(labels), draws).to(worker.device) if draws else [None]
@@ -151,7 +151,7 @@ Embedded = Iterator[tuple[int, Tensor, Tensor, Tensor]]
 episodes."""
 
 
-def _embed_each_image_once(
+def embed_each_image_once(
     model: LGMNet, bank: ImageBank, config: Config, split: Split, episodes: int, worker: Worker, maps: Maps | None
 ) -> Embedded:
     """Embed each image once, by one of the workers: it is the same in all episodes.

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import functools
-import io
-import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from lgm_dist.config import SPLITS, Split
 from lgm_dist.data.keys import unique_keys
+from lgm_dist.data.photo import GREY, decoded, open_image, orientation, resized
 from lgm_dist.data.png import MODES, encode
 from lgm_dist.data.source import ClassInfo, DataSource, Sample, SplitSource
 from lgm_dist.data.sources import register_source
-
-GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
-"""PIL's modes of grey images that are read."""
 
 
 @register_source("folder")
@@ -40,7 +35,13 @@ def folder_source(source: str, name: str, size: int | None = None) -> DataSource
     """
     if size is not None and size < 1:
         raise ValueError(f"size ({size}) must be at least 1; for example 84")
-    files = {split: _class_files(Path(source).expanduser() / split) for split in SPLITS}
+    root = Path(source).expanduser()
+    for split in SPLITS:
+        if not (root / split).is_dir():
+            raise ValueError(
+                f"there is no folder {root / split}; a source has train/, val/ and test/, each with a folder per class"
+            )
+    files = {split: class_files(root / split) for split in SPLITS}
     _check_disjoint(files)
     images = [file for classes in files.values() for found in classes.values() for file in found]
     height, width = (size, size) if size else _common_size(images)
@@ -48,12 +49,11 @@ def folder_source(source: str, name: str, size: int | None = None) -> DataSource
     return DataSource(name, shape, {split: _split_source(classes, shape) for split, classes in files.items()})
 
 
-def _class_files(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class of a split, both sorted by name."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}; a source has train/, val/ and test/, each with a folder per class"
-        )
+def class_files(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each class folder in `folder`, both sorted by name; names that begin with a dot are left out.
+
+    Raises ValueError for an empty folder, a file beside the class folders and a folder inside one.
+    """
     classes = {}
     for entry in _visible(folder):
         if not entry.is_dir():
@@ -98,13 +98,13 @@ def _common_size(files: list[Path]) -> tuple[int, int]:
 
 
 def _upright_size(file: Path) -> tuple[int, int]:
-    with _open(file) as image:
-        sideways = _orientation(image, file) in (5, 6, 7, 8)  # these swap the sides
+    with open_image(file) as image:
+        sideways = orientation(image, str(file)) in (5, 6, 7, 8)  # these swap the sides
         return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def _is_grey(file: Path) -> bool:
-    with _open(file) as image:
+    with open_image(file) as image:
         return image.mode in GREY
 
 
@@ -122,54 +122,10 @@ def _read(file: Path, shape: tuple[int, int, int]) -> bytes:
     """The image of a file as PNG bytes of an image of `shape` (H, W, C)."""
     (height, width, channels), content = shape, file.read_bytes()
     mode = MODES[channels]
-    with _open(file, content) as image:
-        upright = _orientation(image, file) == 1
+    with open_image(file, content) as image:
+        upright = orientation(image, str(file)) == 1
         fits = image.format == "PNG" and image.mode == mode
         if fits and upright and (image.height, image.width) == (height, width):
             return content
-        try:
-            converted = _convert(ImageOps.exif_transpose(image), mode, file)
-        except (OSError, SyntaxError) as fault:
-            raise ValueError(f"{file} is damaged ({fault}); replace or remove it") from fault
-    if (converted.height, converted.width) != (height, width):
-        converted = converted.resize((width, height), Image.Resampling.BICUBIC)
+        converted = resized(decoded(image, mode, str(file)), height, width)
     return encode(np.asarray(converted))  # (H, W, 3) or (H, W)
-
-
-def _orientation(image: Image.Image, file: Path) -> int:
-    """EXIF's orientation, 1 (upright) to 8."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except (OSError, SyntaxError, TypeError, ValueError, struct.error) as fault:
-        raise ValueError(f"{file} has damaged EXIF data ({fault}); save it again or remove it") from fault
-
-
-def _convert(image: Image.Image, mode: str, file: Path) -> Image.Image:
-    """The image in PIL's mode L or RGB."""
-    if image.mode.startswith("I;16"):  # PIL itself would cut such values off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"{file} has pixels of mode {image.mode} without a known range; save it with 8 or 16 bits a channel"
-        )
-    if mode == "RGB" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert(mode)
-
-
-def _open(file: Path, content: bytes | None = None) -> Image.Image:
-    """Open an image and read its header only. Raises ValueError if PIL cannot, or if the image is too large."""
-    try:
-        image = Image.open(file if content is None else io.BytesIO(content))
-    except Image.DecompressionBombError as fault:
-        raise ValueError(f"{file} is too large to be decoded safely ({fault}); shrink or remove it") from fault
-    except (OSError, SyntaxError, ValueError) as fault:
-        raise ValueError(f"{file} is not an image that PIL reads ({fault}); remove it") from fault
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and image.width * image.height > limit:
-        image.close()
-        raise ValueError(
-            f"{file} has {image.width}x{image.height} pixels, above PIL's limit of {limit} against decompression bombs; "
-            "shrink or remove it"
-        )
-    return image

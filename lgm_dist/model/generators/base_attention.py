@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.class_level import ClassShift
+from lgm_dist.model.class_level import ClassShift, shifts_of_means
 from lgm_dist.model.layers import unit
-from lgm_dist.model.parts import register_generator
+from lgm_dist.model.parts import Weights, register_generator
 
 
 @register_generator("base_attention")
@@ -48,3 +50,7 @@ class BaseAttention(ClassShift):
         read = torch.softmax(scores, -1) @ self.base  # (B, N, F)
         shift: Tensor = self.scale * read * means.norm(dim=-1, keepdim=True)  # (B, N, F)
         return shift
+
+    def generate_unequal(self, codes: Tensor, shots: Sequence[int], _noise: Tensor | None) -> Weights:
+        """See `UnequalGenerator`."""
+        return shifts_of_means(self, codes, shots)

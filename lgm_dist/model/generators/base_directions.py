@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.heads.vectors import Vectors
+from lgm_dist.model.heads.vectors import Vectors, means_of_classes
 from lgm_dist.model.layers import unit
 from lgm_dist.model.parts import Weights, register_generator
 
@@ -63,25 +65,33 @@ class BaseDirections(nn.Module):
         x: Tensor = self.vectors(features[None])[0]
         return x
 
-    def generate(self, codes: Tensor, ways: int, _noise: Tensor | None) -> Weights:
+    def generate(self, codes: Tensor, ways: int, noise: Tensor | None) -> Weights:
         """codes (B, S, D) -> shift of each support image (B, S, D) and centre (B, D), in full precision."""
-        with torch.autocast(codes.device.type, enabled=False):
-            by_class = codes.unflatten(1, (ways, -1))  # (B, N, K, D)
-            means = by_class.mean(2)  # (B, N, D)
-            weights = self.class_weights(means, by_class.shape[2])  # (B, N, D)
-            centre = self.episode_share * weights.mean(1)  # (B, D)
-            moved = means.norm(dim=-1, keepdim=True) * (weights - centre[:, None])  # (B, N, D)
-            return [((moved - means).repeat_interleave(by_class.shape[2], dim=1), centre)]
+        return self.generate_unequal(codes, [codes.shape[1] // ways] * ways, noise)
 
-    def class_weights(self, means: Tensor, shots: int | Tensor) -> Tensor:
-        """Class means (..., N, D) of `shots` images each, a number or (N, 1) -> weights w (..., N, D) before centring."""
-        m = unit(means)
-        return m + self.base_share / shots * unit(m @ self.directions.T @ self.directions)  # (..., N, D)
+    def generate_unequal(self, codes: Tensor, shots: Sequence[int], _noise: Tensor | None) -> Weights:
+        """See `UnequalGenerator`."""
+        with torch.autocast(codes.device.type, enabled=False):
+            means, counts = means_of_classes(codes, shots), torch.tensor(shots, device=codes.device)  # (B, N, D), (N,)
+            weights, centre = self.class_weights(means, counts)  # (B, N, D), (B, D)
+            shift = means.norm(dim=-1, keepdim=True) * weights - means  # (B, N, D)
+            return [(shift.repeat_interleave(counts, dim=1, output_size=codes.shape[1]), centre)]
+
+    def class_weights(self, means: Tensor, shots: Tensor) -> tuple[Tensor, Tensor]:
+        """Class means (B, N, D) of `shots` (N,) images -> their weights w - c (B, N, D) and the centre c (B, D)."""
+        m = unit(means)  # (B, N, D)
+        moved = unit(m @ self.directions.T @ self.directions)  # (B, N, D)
+        weights = m + self.base_share / shots[:, None] * moved  # (B, N, D)
+        centre = self.episode_share * weights.mean(1)  # (B, D)
+        return weights - centre[:, None], centre
+
+    def centred(self, features: Tensor, centre: Tensor) -> Tensor:
+        """Maps of queries (B, T, F, h, w) and the centre (B, D) -> vectors that are compared with class weights (B, T, D)."""
+        return unit(self.vectors(features)) - centre[:, None]  # (B, T, D)
 
     def transform(self, features: Tensor, weights: Weights) -> Tensor:
         """features (B, S + T, F, h, w) -> vectors as maps (B, S + T, D, 1, 1)."""
         ((shift, centre),) = weights
-        x = self.vectors(features)  # (B, S + T, D)
         shots = shift.shape[1]
-        moved = torch.cat([x[:, :shots] + shift, unit(x[:, shots:]) - centre[:, None]], dim=1)  # (B, S + T, D)
-        return moved[..., None, None]
+        support = self.vectors(features[:, :shots]) + shift  # (B, S, D)
+        return torch.cat([support, self.centred(features[:, shots:], centre)], dim=1)[..., None, None]

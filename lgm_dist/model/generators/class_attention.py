@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.class_level import ClassShift, zero_linear
-from lgm_dist.model.parts import register_generator
+from lgm_dist.model.class_level import ClassShift, shifts_of_means, zero_linear
+from lgm_dist.model.parts import Weights, register_generator
 
 
 @register_generator("class_attention")
@@ -30,3 +32,7 @@ class ClassAttention(ClassShift):
         scores = self.query(normal) @ self.key(normal).transpose(1, 2) / self.channels**0.5  # (B, N, N)
         shift: Tensor = self.out(torch.softmax(scores, -1) @ self.value(means))  # (B, N, F)
         return shift
+
+    def generate_unequal(self, codes: Tensor, shots: Sequence[int], _noise: Tensor | None) -> Weights:
+        """See `UnequalGenerator`."""
+        return shifts_of_means(self, codes, shots)

@@ -6,6 +6,8 @@ size of a map, Z noise size; a context has a mean and a log-variance for each of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +81,12 @@ class LGMGenerator(nn.Module):
         mean, log_variance = codes.mean(dim=1).chunk(2, dim=1)  # (B, Z)
         draws = [mean, mean] if noise is None else [mean + (log_variance / 2).exp() * noise[:, i] for i in range(2)]
         return [layer(z) for layer, z in zip(self.layers, draws, strict=True)]
+
+    def generate_unequal(
+        self, codes: Tensor, shots: Sequence[int], noise: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `generate`: the context is the mean over all support images, whichever class they show."""
+        return self.generate(codes, len(shots), noise)
 
     def transform(self, features: Tensor, weights: Weights) -> Tensor:
         """features (B, n, F, h, w), each episode's through its own weights -> (B, n, G, ceil(h / 2), ceil(w / 2))."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
-from lgm_dist.model.class_level import ClassLevel, zero_linear
+from lgm_dist.model.class_level import ClassLevel, class_means, zero_linear
 from lgm_dist.model.layers import unit
 from lgm_dist.model.parts import Weights, register_generator
 
@@ -26,6 +28,10 @@ class LowRank(ClassLevel):
         """codes (B, N, K, F) -> rows A m_c and columns B m_c / N of the layer, (B, N, F) each."""
         means = unit(codes.mean(2))  # (B, N, F)
         return self.down(means), self.up(means) / codes.shape[1]
+
+    def generate_unequal(self, codes: Tensor, shots: Sequence[int], noise: Tensor | None) -> Weights:
+        """See `UnequalGenerator`: the class means are all that it reads."""
+        return self.generate(class_means(codes, shots), len(shots), noise)
 
     def transform(self, features: Tensor, weights: Weights) -> Tensor:
         """features (B, n, F, h, w) -> (B, n, F, h, w)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
@@ -21,6 +23,10 @@ class NoGenerator(nn.Module):
         return features.new_empty(len(features), 0)
 
     def generate(self, _codes: Tensor, _ways: int, _noise: Tensor | None) -> Weights:
+        """No layer."""
+        return []
+
+    def generate_unequal(self, _codes: Tensor, _shots: Sequence[int], _noise: Tensor | None) -> Weights:
         """No layer."""
         return []
 

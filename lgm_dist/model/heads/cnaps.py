@@ -6,6 +6,8 @@ Shape legend: B episodes, N ways, K shots, S = N * K support images (class-major
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -29,20 +31,27 @@ class Cnaps(nn.Module):
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """support (B, S, G, h, w), query (B, T, G, h, w) -> log-probabilities (B, T, N)."""
+        return self.logits(support, query, [support.shape[1] // ways] * ways).log_softmax(-1)  # (B, T, N)
+
+    def logits(self, support: Tensor, query: Tensor, shots: Sequence[int]) -> Tensor:
+        """See `UnequalHead`."""
         s, q = unit(self.vectors(support)), unit(self.vectors(query))  # (B, S, D), (B, T, D)
+        if len(set(shots)) == 1:
+            groups = [s.unflatten(1, (len(shots), -1))]  # (B, N, K, D)
+        else:
+            groups = [part[:, None] for part in s.split(list(shots), 1)]  # each (B, 1, K, D)
         with torch.autocast(s.device.type, enabled=False):
-            log_p: Tensor = (-_distances(s, q, ways) / 2).log_softmax(-1)  # (B, T, N)
-        return log_p
+            return torch.cat([-_distances(group, s, q) / 2 for group in groups], -1)  # (B, T, N)
 
 
-def _distances(s: Tensor, q: Tensor, ways: int) -> Tensor:
-    """Squared Mahalanobis distances (B, T, N) of queries (B, T, D) to the means of the classes of s (B, S, D).
+def _distances(classes: Tensor, s: Tensor, q: Tensor) -> Tensor:
+    """Squared Mahalanobis distances (B, T, N) of queries (B, T, D) to the means of classes (B, N, K, D); s (B, S, D) are the
+    support images of all classes.
 
     A covariance I + A A', A (D, S + K), has the inverse I - A (I + A' A)^-1 A' (Woodbury), so no D x D matrix is needed.
     """
-    images, shot = s.shape[1], s.shape[1] // ways
+    images, (ways, shot) = s.shape[1], classes.shape[1:3]
     share = shot / (shot + 1)
-    classes = s.unflatten(1, (ways, shot))  # (B, N, K, D)
     means = classes.mean(2)  # (B, N, D)
     own = (classes - means[:, :, None]) * (share / max(shot - 1, 1)) ** 0.5  # (B, N, K, D)
     all_images = (s - s.mean(1, keepdim=True)) * ((1 - share) / (images - 1)) ** 0.5  # (B, S, D)

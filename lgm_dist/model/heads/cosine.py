@@ -5,6 +5,10 @@ Shape legend: B episodes, N ways, K shots, S = N * K support images (class-major
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from lgm_dist.config import ModelConfig
@@ -28,3 +32,10 @@ class Cosine(nn.Module):
         similarities = cosine_similarities(self.vectors(query), self.vectors(support))  # (B, T, S)
         by_class: Tensor = similarities.log_softmax(-1).unflatten(2, (ways, -1))  # (B, T, N, K)
         return by_class.logsumexp(-1)  # (B, T, N)
+
+    def logits(self, support: Tensor, query: Tensor, shots: Sequence[int]) -> Tensor:
+        """See `UnequalHead`. A class's probability is proportional to the mean over its support images, not to the sum, so
+        that a class with more images is not more probable."""
+        similarities = cosine_similarities(self.vectors(query), self.vectors(support))  # (B, T, S)
+        parts = similarities.split(list(shots), 2)  # each (B, T, K)
+        return torch.stack([part.logsumexp(-1) - math.log(part.shape[2]) for part in parts], -1)  # (B, T, N)

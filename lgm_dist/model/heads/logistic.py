@@ -6,6 +6,8 @@ Shape legend: B episodes, N ways, K shots, S = N * K support images (class-major
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,12 +39,15 @@ class Logistic(nn.Module):
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """support (B, S, G, h, w), query (B, T, G, h, w) -> log-probabilities (B, T, N)."""
+        return self.logits(support, query, [support.shape[1] // ways] * ways).log_softmax(-1)  # (B, T, N)
+
+    def logits(self, support: Tensor, query: Tensor, shots: Sequence[int]) -> Tensor:
+        """See `UnequalHead`. Each support image has the same weight."""
         s, q = unit(self.vectors(support)), unit(self.vectors(query))  # (B, S, D), (B, T, D)
-        labels = F.one_hot(torch.arange(ways, device=s.device).repeat_interleave(s.shape[1] // ways), ways).to(
-            s.dtype
-        )  # (S, N)
+        numbers = torch.arange(len(shots), device=s.device)
+        each = numbers.repeat_interleave(torch.tensor(shots, device=s.device), output_size=sum(shots))  # (S,)
         with torch.autocast(s.device.type, enabled=False):
-            return _logits(s, q, labels).log_softmax(-1)  # (B, T, N)
+            return _logits(s, q, F.one_hot(each, len(shots)).to(s.dtype))  # (B, T, N)
 
 
 def _logits(s: Tensor, q: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +35,22 @@ class Ridge(nn.Module):
 
     def forward(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """support (B, S, G, h, w), query (B, T, G, h, w) -> log-probabilities (B, T, N)."""
+        return self.logits(support, query, [support.shape[1] // ways] * ways).log_softmax(-1)  # (B, T, N)
+
+    def logits(self, support: Tensor, query: Tensor, shots: Sequence[int]) -> Tensor:
+        """See `UnequalHead`."""
         s, q = unit(self.vectors(support)), unit(self.vectors(query))  # (B, S, P, G), (B, T, P, G)
+        if len(set(shots)) == 1:
+            groups = [s.unflatten(1, (len(shots), -1))]  # (B, N, K, P, G)
+        else:
+            groups = [part[:, None] for part in s.split(list(shots), 1)]  # each (B, 1, K, P, G)
         with torch.autocast(s.device.type, enabled=False):
-            residuals = self._residuals(s.unflatten(1, (ways, -1)).flatten(2, 3), q.flatten(1, 2))  # (B, N, T * P)
+            residuals = torch.cat(
+                [self._residuals(g.flatten(2, 3), q.flatten(1, 2)) for g in groups], 1
+            )  # (B, N, T * P)
         distances = residuals.unflatten(2, q.shape[1:3]).mean(3).transpose(1, 2)  # (B, T, N)
-        log_p: Tensor = (-self.temperature * distances).log_softmax(-1)  # (B, T, N)
-        return log_p
+        logits: Tensor = -self.temperature * distances  # (B, T, N)
+        return logits
 
     def _residuals(self, s: Tensor, q: Tensor) -> Tensor:
         """Vectors of the classes (B, N, R, G), R = K * P, and of the queries (B, T * P, G) -> squared residuals

@@ -6,6 +6,8 @@ h x w its size, p x p its size after pooling, D values of a vector: G * p * p, o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,6 +115,14 @@ def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
     shrunk = (1 - shrinkage) * values.clamp_min(0) + shrinkage  # (D,)
     root: Tensor = (vectors * shrunk.rsqrt()) @ vectors.T  # (D, D)
     return root
+
+
+def means_of_classes(x: Tensor, shots: Sequence[int]) -> Tensor:
+    """Vectors of support images (B, S, D), class-major, shots[c] of class c -> class means (B, N, D)."""
+    if len(set(shots)) == 1:
+        means: Tensor = x.unflatten(1, (len(shots), -1)).mean(dim=2)  # (B, N, D)
+        return means
+    return torch.stack([part.mean(1) for part in x.split(list(shots), 1)], 1)  # (B, N, D)
 
 
 def cosine_similarities(query: Tensor, others: Tensor) -> Tensor:
