@@ -63,7 +63,7 @@ class Learner:
         return self.adapt_many([photos])[0]
 
     def adapt_many(self, problems: Sequence[Problem]) -> list[Classifier]:
-        """Make the classifiers of several problems at once: the same as `adapt` makes of each, in less time.
+        """Make the classifiers of several problems, whose photos are embedded together: the same as `adapt` makes of each.
 
         Raises ValueError as `adapt`.
         """

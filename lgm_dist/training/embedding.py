@@ -66,9 +66,13 @@ class KeptMaps:
         config: Gives the normalisation and the seed of the copies.
         rows: All rows that will be asked for.
         worker: This process among those that ask together.
+        at_once: Images that are embedded at once (default: IMAGES_AT_ONCE).
     """
 
-    def __init__(self, model: LGMNet, bank: ImageBank, config: Config, rows: Index, worker: Worker) -> None:
+    def __init__(
+        self, model: LGMNet, bank: ImageBank, config: Config, rows: Index, worker: Worker, at_once: int | None = None
+    ) -> None:
+        self._at_once = at_once
         self._model, self._bank, self._config, self._worker = model.without_generator(), bank, config, worker
         self._rows = np.unique(rows)  # (m,)
         self._sums: dict[tuple[Views, int, int], Tensor] = {}
@@ -95,7 +99,7 @@ class KeptMaps:
     def _own_sum(self, views: Views, turns: int, blocks: int) -> Tensor:
         """The same for this worker's share of the rows; zeros for the others."""
         network, total = _upright(self._model, blocks), None
-        for i, j in pieces(self._worker.slice_of(0, len(self._rows)), 1):
+        for i, j in pieces(self._worker.slice_of(0, len(self._rows)), 1, self._at_once):
             self._worker.heartbeat()
             for view in views:
                 maps = self._embed(network, slice(i, j), view, turns)  # (j - i, F, h, w)
@@ -118,10 +122,11 @@ def _upright(model: LGMNet, blocks: int) -> LGMNet:
     )
 
 
-def pieces(span: Slice, images: int) -> Iterator[tuple[int, int]]:
-    """Cut a range (start, count) of items of `images` images each into parts [first, last) of about IMAGES_AT_ONCE images."""
+def pieces(span: Slice, images: int, at_once: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut a range (start, count) of items of `images` images each into parts [first, last) of about `at_once` images, or
+    IMAGES_AT_ONCE."""
     start, count = span[:2]
-    size, last, first = max(IMAGES_AT_ONCE // images, 2), start + count, start
+    size, last, first = max((at_once or IMAGES_AT_ONCE) // images, 2), start + count, start
     while first < last:
         end = first + size if last - first > size + 1 else last  # no part of one item, unless there is no more
         yield first, end
