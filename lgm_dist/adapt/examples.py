@@ -28,8 +28,8 @@ from lgm_dist.training.embedding import KeptMaps
 from lgm_dist.training.worker import Worker
 
 ON_A_CPU = 64
-"""Photos that a CPU embeds at once. To predict 256 photos took 0.44 s so, and 0.93 s with all at once, whose maps leave the cache
-and are memory that the system hands out anew each time (preset strong at 32 x 32, CPU time, one thread of an Intel Xeon)."""
+"""Photos that a CPU embeds at once. To predict 256 photos took 0.44 s so, and 0.93 s with all at once, whose maps leave the
+cache and are memory that the system hands out anew (preset strong at 32 x 32, CPU time, one thread of an Intel Xeon)."""
 
 
 class Embedded(NamedTuple):
