@@ -153,7 +153,7 @@ def test_photos_of_no_class(classifier: Path, folder: Path, monkeypatch: pytest.
         (["CLASSIFIER", "EMPTY"], "there are no photos in EMPTY; name files or folders"),
         (["CLASSIFIER", "EMPTY", "--unknown-rate", "0"], "there are no photos in EMPTY"),
         (["CLASSIFIER", "PHOTOS", "--unknown-rate", "0.7"], "unknown_rate (0.7) must be above 0 and at most 0.5"),
-        (["PHOTOS", "PHOTOS"], "is not the file of a classifier ("),
+        (["PHOTOS", "PHOTOS"], "is a folder; name the file of a classifier, written with Classifier.save"),
         (["LEARNER", "PHOTOS"], "is the file of a learner; load it with lgm_dist.load, then adapt it"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lgm_dist import evaluate, fit, load
 from lgm_dist.config import Config, ModelConfig
 from lgm_dist.data import open_bank
 from lgm_dist.model import LGMNet, build_model
@@ -144,3 +147,37 @@ def test_a_comparison_fits_it_to_the_base_classes(small: Config, tiny: Any) -> N
     assert np.array_equal(found.accuracies["mean noise"], again.accuracies["mean noise"])
     off = compare(fitted, bank, train, [small], [{"model.generator": "none"}], 20)[1].evaluations[0]
     assert not np.array_equal(found.accuracies["mean noise"], off.accuracies["mean noise"])
+
+
+def test_with_other_context_it_is_fitted_too_and_can_be_switched_off(small: Config, tiny: Any) -> None:
+    model = build_model(replace(small.model, generator="none", head="class_means", pool=2)).eval()
+    bank, train = open_bank(tiny, "val"), open_bank(tiny, "train")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    settings = {"model.generator": "base_directions", "model.shrinkage": 0.5}
+    rows = compare(model, bank, train, [small], [{**settings, "context": "other"}], 20)
+    fitted = model.with_head(replace(model.config, generator="base_directions", shrinkage=0.5))
+    fit_head(fitted, train, small)
+    again = compare(fitted, bank, train, [small], [{"context": "other"}], 20)
+    found, expected = (row[1].evaluations[0].accuracies["mean noise"] for row in (rows, again))
+    assert np.array_equal(found, expected)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    support, query = torch.randn(2, 6, 3, 16, 16), torch.randn(2, 4, 3, 16, 16)
+    with torch.no_grad():
+        off = with_other_context(fitted).without_generator()(support, query, 3)
+        torch.testing.assert_close(off, fitted.without_generator()(support, query, 3))
+
+
+def test_pretraining_measures_the_network_with_it(small: Config, tiny: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"pretraining.batch": 12, "pretraining.steps": 4, "pretraining.eval_every": 2}
+    model = replace(small.model, generator="base_directions", head="class_means", pool=2, centre=True)
+    run = fit(small.replace(stages=("pretraining",), storage=str(tmp_path), name="run", model=model, **settings))
+    learner = load(run)
+    again = evaluate(learner.model, open_bank(tiny, "test"), learner.config, "test", 6)
+    assert json.loads((run / "result.json").read_text())["test/accuracy"] == again.score.accuracy
+    off = evaluate(learner.model.without_generator(), open_bank(tiny, "test"), learner.config, "test", 6)
+    assert not np.array_equal(off.accuracies["mean noise"], again.accuracies["mean noise"])
+
+
+def test_dense_matching_is_refused(small: Config) -> None:
+    with pytest.raises(ValueError, match=r"^model\.head \('ridge'\) compares the places of maps"):
+        build_model(replace(small.model, generator="base_directions", head="ridge", pool=2))

@@ -71,7 +71,11 @@ def test_the_file_knows_the_images_and_the_step_but_no_path(trained: Path, tmp_p
     assert torch.equal(learner.prepare(pixels), run.prepare(pixels))
     assert learner.config.data.name == "tiny"
     assert (learner.config.run.stages, learner.config.pretraining.steps) == (("pretraining",), 6)
-    assert (learner.config.model.base_outputs, learner.model.classifier) == (0, None)
+    assert learner.model.classifier is None
+    defaults = Config()
+    assert learner.config.run.storage == defaults.run.storage
+    assert (learner.config.run.start, learner.config.pretraining.teacher) == ("", "")
+    assert (learner.config.data.root, learner.config.data.cache, learner.config.data.source) == ("data", "", "")
     text = json.dumps(header(path))
     assert all(str(folder) not in text for folder in (tiny.parent, trained.parent, tmp_path))
 
@@ -115,6 +119,47 @@ def rewritten(path: Path, change: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("generator", ["none", "lgm", "base_attention", "base_directions", "residual"])
+def test_every_generator_comes_back(generator: str, tmp_path: Path) -> None:
+    config = Config.of(
+        model=ModelConfig(channels=3, filters=4, generator=generator, pool=2, base_outputs=8, noise_size=3)
+    )
+    model = build_model(config.model, seed=2)
+    learner = Learner("made", model.eval(), config, TrainState(), FACTS)
+    found = load(learner.save(tmp_path / "a")).model.state_dict()
+    wanted = {name: x for name, x in model.state_dict().items() if not name.startswith("classifier.")}
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_values_that_half_precision_cannot_hold_are_kept(tmp_path: Path) -> None:
+    config = Config.of(model=ModelConfig(channels=3, filters=4))
+    model = build_model(config.model)
+    weight = next(p for name, p in model.named_parameters() if name.startswith("backbone.") and p.dim() > 1)
+    weight.data.mul_(1e6)
+    found = load(Learner("made", model.eval(), config, TrainState(), FACTS).save(tmp_path / "a")).model
+    assert any(torch.equal(p, weight) for p in found.parameters() if p.shape == weight.shape)
+
+
+def test_no_byte_of_a_file_can_be_changed_unseen(trained: Path, tmp_path: Path) -> None:
+    path = load(trained).save(tmp_path / "a")
+    whole = path.read_bytes()
+    (size,) = struct.unpack("<Q", whole[:8])
+    for place in np.random.default_rng(0).integers(8 + size, len(whole), 20).tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"\(its tensors are not those that were written, sha256 differs\)"):
+            load(path)
+
+
+def test_a_small_file_cannot_ask_for_much_memory(trained: Path, tmp_path: Path) -> None:
+    packed = learner_file.pack(load(trained).contents(), 4)
+    name = next(name for name in packed.tensors if name.endswith(".components"))
+    packed.tensors[name] = torch.zeros(0, 100_000, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"whitening of the shape \(0, 100000\)"):
+        load(learner_file.write(tmp_path / "a", packed))
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -124,6 +169,8 @@ def rewritten(path: Path, change: Any) -> Path:
         (lambda r: r["config"]["model"].update(banana=1), r"not the file of a learner \(model\.banana is no setting"),
         (lambda r: r.pop("images"), r"a is not the file of a learner \('images'\); write it with Learner\.save$"),
         (lambda r: r.update(state=[1]), r"a is not the file of a learner"),
+        (lambda r: r["state"].update(step="x"), r"a is not the file of a learner \(a value of the wrong type"),
+        (lambda r: r["images"].update(mean=[1.0]), r"a is not the file of a learner \(a value of the wrong type"),
     ],
 )
 def test_a_file_of_another_network_is_refused(change: Any, sentence: str, trained: Path, tmp_path: Path) -> None:

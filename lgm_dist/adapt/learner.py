@@ -91,8 +91,8 @@ class Learner:
     def save(self, path: str | Path, rank: int = learner_file.RANK) -> Path:
         """Write the learner to one file, which `load` reads without executing anything, and return its path.
 
-        Weights of backbone and generator are kept in half precision. Of a whitening matrix (D, D), the `rank` components
-        that differ most from the others are kept, and the others by their mean.
+        Weights of backbone and generator are kept in half precision. Of a whitening matrix (D, D), the `rank` components of
+        most variance are kept, and the others are replaced by their mean.
 
         Raises ValueError for a checkpoint of the first version, and OSError if the file cannot be written.
         """

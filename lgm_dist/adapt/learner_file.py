@@ -8,7 +8,9 @@ a classifier is one of a learner too, with more tensors and `classifier` in the 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from lgm_dist.config import SETTINGS, Config, marked
 from lgm_dist.model import LGMNet
-from lgm_dist.runs.checkpoint_files import DamagedCheckpoint, ImageFacts, TrainState, check_tensors
+from lgm_dist.runs.checkpoint_files import DamagedCheckpoint, ImageFacts, TrainState, check_tensors, sound
 from lgm_dist.runs.files import write_bytes
 from lgm_dist.training.calibration import Calibration
 
@@ -73,7 +75,7 @@ def pack(contents: Contents, rank: int = RANK) -> Packed:
         if name.endswith(".whitening") and rank < tensor.shape[-1]:
             tensors |= zip((name + part for part in _RANK_PARTS), low_rank(tensor, rank), strict=True)
         else:
-            tensors[name] = tensor.half() if name.startswith(_HALF) and tensor.dim() > 1 else tensor
+            tensors[name] = tensor.half() if _fits_half(name, tensor) else tensor
     record = {
         "format": FORMAT,
         "config": _portable(config).to_dict(),
@@ -85,7 +87,7 @@ def pack(contents: Contents, rank: int = RANK) -> Packed:
 
 def write(path: Path, packed: Packed) -> Path:
     """Write `packed` beside its place, rename it and return the path. Raises OSError if the file cannot be written."""
-    header = {"lgm_dist": json.dumps(packed.record)}
+    header = {"lgm_dist": json.dumps(packed.record | {"sha256": _digest_of(packed.tensors)})}
     write_bytes(path, to_bytes({name: x.contiguous() for name, x in packed.tensors.items()}, header))
     return path
 
@@ -109,23 +111,53 @@ def read_packed(path: Path) -> Packed:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     if record["format"] > FORMAT:
         raise Refused(f"{path} has format {record['format']}, newer than {FORMAT}; update lgm_dist")
+    if record.pop("sha256") != _digest_of(tensors):
+        raise ValueError("its tensors are not those that were written, sha256 differs")
     return Packed(tensors, record)
 
 
 def unpack(path: Path, packed: Packed) -> Contents:
     """The learner in what a file holds; see `plain_errors` for what is raised if there is none."""
     record = packed.record
-    config, state = Config.from_dict(record["config"]), TrainState(**record["state"])
+    config, state = _portable(Config.from_dict(record["config"])), TrainState(**record["state"])
     images = ImageFacts.from_dict(record["images"])
+    numbers = [*images.mean, *images.std]
+    finite = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    if not sound(state) or not finite or len(numbers) != 2 * images.channels:
+        raise ValueError("a value of the wrong type in its header")
     if not (1 <= min(images.height, images.width) <= max(images.height, images.width) <= MOST_SIDE):
         raise ValueError(f"images of {images.width} x {images.height}")
     calibration = Calibration.from_dict(record["calibration"]) if record.get("calibration") else None
-    tensors = _expanded(packed.tensors)
     with torch.device("meta"):  # takes no memory, however large the network that the file claims to hold
-        check_tensors(path, {"model": tensors}, LGMNet(config.model))
-    model = LGMNet(config.model)
+        claimed = _network(config)
+    tensors = _expanded(packed.tensors, claimed.state_dict())
+    check_tensors(path, {"model": tensors}, claimed)
+    model = _network(config)
     model.load_state_dict(tensors)
     return Contents(model.eval(), config, state, images, calibration)
+
+
+def _network(config: Config) -> LGMNet:
+    """The network without the classifier of the base classes."""
+    model = LGMNet(config.model)
+    model.classifier = None
+    return model
+
+
+def _fits_half(name: str, tensor: Tensor) -> bool:
+    """Return True for a weight tensor of backbone or generator whose values half precision can hold."""
+    if not name.startswith(_HALF) or tensor.dtype != torch.float32 or tensor.dim() < 2:
+        return False
+    return bool(tensor.half().isfinite().all())
+
+
+def _digest_of(tensors: dict[str, Tensor]) -> str:
+    """sha256 (hex) of the names and contents of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Refused(ValueError):
@@ -139,7 +171,13 @@ def plain_errors(path: Path, what: str, writer: str) -> Iterator[None]:
         yield
     except Refused:
         raise
-    except (OSError, *_UNREADABLE) as error:
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}; write the file of a {what} with {writer}") from None
+    except OSError as error:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name the file of a {what}, written with {writer}") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); name a file that you may read") from None
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is not the file of a {what} ({error}); write it with {writer}") from None
 
 
@@ -150,15 +188,17 @@ _UNREADABLE = (
 
 
 def low_rank(whitening: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Symmetric whitening matrices (..., D, D) -> what `from_low_rank` makes nearly the same matrices of.
+    """An approximation of whitening matrices W (..., D, D), from which `from_low_rank` makes matrices again.
 
-    Returns the mean of the eigenvalues that are left out (..., 1), the `rank` that are kept (..., rank), and their
-    eigenvectors (..., rank, D) in half precision.
+    Returns, of the symmetric square root of W^T W, the mean of the eigenvalues that are left out (..., 1), the `rank` smallest
+    (..., rank), and their eigenvectors (..., rank, D) in half precision. Shrinkage gives all directions of little variance
+    about the same large eigenvalue; the small ones belong to those of much variance.
     """
-    values, vectors = torch.linalg.eigh(whitening.double())  # ascending; (..., D), (..., D, D)
-    # Shrinkage gives all directions of little variance about the same large value; those of much variance have small ones.
-    bulk = values[..., rank:].mean(-1, keepdim=True)  # (..., 1)
-    return bulk.float(), values[..., :rank].float(), vectors[..., :rank].mT.half()
+    w = whitening.double()  # not symmetric in checkpoints of earlier versions
+    values, vectors = torch.linalg.eigh(w.mT @ w)  # ascending; (..., D), (..., D, D)
+    roots = values.clamp_min(0).sqrt()  # (..., D)
+    bulk = roots[..., rank:].mean(-1, keepdim=True)  # (..., 1)
+    return bulk.float(), roots[..., :rank].float(), vectors[..., :rank].mT.half()
 
 
 def from_low_rank(bulk: Tensor, scales: Tensor, components: Tensor) -> Tensor:
@@ -168,13 +208,16 @@ def from_low_rank(bulk: Tensor, scales: Tensor, components: Tensor) -> Tensor:
     return bulk[..., None] * identity + v.mT @ ((scales - bulk)[..., None] * v)
 
 
-def _expanded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a network from those of a file."""
+def _expanded(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network from those of a file. Raises ValueError for a whitening of another size than in `wanted`."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stem, dot, last = name.rpartition(".")
         if stem.endswith(".whitening"):
             if dot + last == _RANK_PARTS[0]:
+                components, matrix = tensors[stem + _RANK_PARTS[2]].shape, wanted[stem].shape
+                if (*components[:-2], components[-1]) != (*matrix[:-2], matrix[-1]):
+                    raise ValueError(f"{stem} of the shape {tuple(components)}")
                 found[stem] = from_low_rank(*(tensors[stem + part] for part in _RANK_PARTS))
         else:
             found[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
@@ -183,10 +226,6 @@ def _expanded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _portable(config: Config) -> Config:
     """The configuration without what concerned the machine, and without paths and other runs."""
-    elsewhere = {*marked("resumable"), "start", "pretraining.teacher", "model.base_outputs"} - {
-        "name",
-        "plugins",
-        "epochs",
-    }
+    elsewhere = {*marked("resumable"), "start", "pretraining.teacher"} - {"name", "plugins", "epochs"}
     plain = {name: SETTINGS[name].default for name in elsewhere}
     return config.replace(**plain, data=config.data.name.rsplit("/", 1)[-1].removesuffix(".json"))

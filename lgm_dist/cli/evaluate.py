@@ -46,7 +46,7 @@ class EvaluateFlags:
     generator, and with the weights of another episode (context=other)."""
     out: str = ""
     """JSON file for the results (default: evaluation-SPLIT.json, or comparison-SPLIT.json, in the run's folder; none for a
-    learner that is no run)."""
+    learner's file or name)."""
     wandb: Literal["auto", "online", "offline", "disabled"] | None = None
     """Weights & Biases, where an evaluation is a separate run (default: as in the run)."""
 
@@ -75,9 +75,17 @@ def main(argv: list[str]) -> None:
     cells = cells_of(config, flags)
     for cell in cells:
         check_episodes(cell, split, bank.name, bank.counts.tolist(), bank.classes)
+    run = Path(flags.run) if Path(flags.run).is_dir() else None
+    if flags.wandb and not run:
+        raise ValueError(f"wandb ({flags.wandb}) needs the folder of a run, and {flags.run} is a learner; leave it out")
     if rows:
-        data = trained.data
+        data = trained.data if run else config.data
         base = open_bank(ensure_manifest(data.name, data.root, data.source), "train", data.cache)
+        if learner.images and base.classes != learner.images.classes:
+            raise ValueError(
+                f"compare needs the base classes of {learner.name}, and those of data {base.name!r} differ; name the manifest "
+                "of its data set with --data"
+            )
         compared = compare(model, bank, base, cells, rows, flags.episodes, flags.draws)
         results = [result for row in compared for result in comparison_as_json(row, compared[0])]
         shown = comparison_table(compared)
@@ -93,7 +101,6 @@ def main(argv: list[str]) -> None:
 
     sys.stdout.write(f"{learner.name}, step {learner.state.step}\n{shown}")
     sys.stdout.write(leak_note("paper" if any(cell.episodes.protocol == "paper" for cell in cells) else "standard"))
-    run = Path(flags.run) if Path(flags.run).is_dir() else None
     out = Path(flags.out) if flags.out else run and run / f"{'comparison' if rows else 'evaluation'}-{split}.json"
     if out:
         write_json(out, {"checkpoint": learner.name, "data": bank.name, "results": results})

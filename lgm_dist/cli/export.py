@@ -24,7 +24,7 @@ class ExportFlags:
     out: Path
     """The file to write; its name usually ends with .safetensors."""
     rank: int = 48
-    """Components of each whitening matrix of the head that are kept; the others are replaced by their mean."""
+    """Components of each whitening matrix that are kept; the others are replaced by their mean."""
     calibrate: bool = True
     """Fit the temperature of the probabilities, and the thresholds of "none of these", on val episodes of the run's data set,
     and keep them in calibration.json in the run's folder too. A run that has this file is not calibrated again."""

@@ -12,7 +12,7 @@ from lgm_dist.console import run_command
 COMMANDS = {
     "prepare": "prepare a data set: FC100, class folders or the built-in glyphs",
     "train": "train a learner and evaluate it on test classes",
-    "evaluate": "evaluate a trained run on other ways, shots or data",
+    "evaluate": "evaluate a learner on other ways, shots or data",
     "export": "write a trained learner to one small file",
     "adapt": "make a classifier of your own labelled photos",
     "predict": "classify photos with it",

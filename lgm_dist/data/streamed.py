@@ -70,7 +70,7 @@ class StreamedSplit:
         """sha256 of the manifest (hex)."""
         return self.manifest.digest
 
-    def first_images(self, most: int, heartbeat: Callable[[], None]) -> ImageBank:
+    def first_images(self, most: int, heartbeat: Callable[[], None] = lambda: None) -> ImageBank:
         """A bank, in memory, of at most `most` images of each class: those that come first in the bank of the whole split.
 
         Reads all shards once, with a heartbeat after each, and decodes the images that it keeps. Raises ValueError if a shard

@@ -18,6 +18,8 @@ class OtherContext(nn.Module):
         super().__init__()
         self.generator = generator
         self.channels = generator.channels
+        if vectors := getattr(generator, "vectors", None):
+            self.vectors = vectors
 
     def encode(self, features: Tensor, episodes: int) -> Tensor:
         """As the generator."""

@@ -124,7 +124,8 @@ class LGMNet(nn.Module):
         return "" if hasattr(self.head, "logits") else f"model.head ({self.config.head!r})"
 
     def without_generator(self) -> LGMNet:
-        """This network with its generator switched off; backbone and head are shared with it, not copied.
+        """This network with its generator switched off; backbone and head are shared with it, not copied. After a generator
+        that works on vectors, the head is a new one, with the generator's vectors.
 
         For evaluation: the difference between the two, over the same episodes, is what the generated weights add.
         """
@@ -133,7 +134,7 @@ class LGMNet(nn.Module):
         head = self.head
         if vectors := _vectors_of(self.generator):  # the head takes them over
             head = _build_head(config, generator)
-            _take_over(head, self.head)
+            self._take_over(head, self.head)
             cast(Any, head).vectors = vectors
         return LGMNet(config, (self.backbone, generator, head)).train(self.training)
 
@@ -146,7 +147,7 @@ class LGMNet(nn.Module):
         """
         generator = self._generator_for(config)
         head = _build_head(config, generator)
-        _take_over(head, self.head)
+        self._take_over(head, self.head)
         return LGMNet(config, (self.backbone, generator, head)).train(self.training)
 
     def _generator_for(self, config: ModelConfig) -> Generator:
@@ -154,7 +155,7 @@ class LGMNet(nn.Module):
         ours = self.config
         wanted = GENERATORS.get(config.generator)(config, channels_of(config, self.backbone))
         if not any(True for _ in cast(nn.Module, wanted).parameters()):
-            _take_over(wanted, self.generator)
+            self._take_over(wanted, self.generator)
             return wanted
         if config.generator != ours.generator:
             raise ValueError(
@@ -167,6 +168,12 @@ class LGMNet(nn.Module):
                 f"{ours.blocks}, for which the generator {ours.generator!r} was trained; use model.generator none"
             )
         return self.generator
+
+    def _take_over(self, part: Any, former: Any) -> None:
+        """Move `part` to the network's device, with those tensors of `former` that have the name and shape of one of its."""
+        new, old = part.state_dict(), former.state_dict()
+        part.load_state_dict(new | {name: x for name, x in old.items() if name in new and x.shape == new[name].shape})
+        part.to(next((p.device for p in self.parameters()), torch.device("cpu")))
 
     def on_features(self) -> LGMNet:
         """This network without its backbone: its images are feature maps (B, n, F, h, w), as `embed` returns them. Generator
@@ -248,16 +255,14 @@ def _build_head(config: ModelConfig, generator: Generator) -> Head:
     if _vectors_of(generator):
         names = ("pool", "power", "centre", "shrinkage", "rotations", "blocks")
         config = replace(config, **{name: getattr(plain, name) for name in names})
+        if config.head == "ridge":
+            raise ValueError(
+                f"model.head ('ridge') compares the places of maps, and model.generator ({config.generator!r}) has none; use "
+                "another head, or --model.generator none"
+            )
     return HEADS.get(config.head)(config, generator.channels)
 
 
 def _vectors_of(generator: Generator) -> nn.Module | None:
     """What makes vectors of maps, if the generator does so in the place of the head."""
     return getattr(generator, "vectors", None)
-
-
-def _take_over(part: Any, former: Any) -> None:
-    """Load those tensors of `former` that have the name and shape of one of `part`, and go to its device."""
-    new, old = part.state_dict(), former.state_dict()
-    part.load_state_dict(new | {name: x for name, x in old.items() if name in new and x.shape == new[name].shape})
-    part.to(next((x.device for x in old.values()), torch.device("cpu")))

@@ -49,8 +49,8 @@ class Generator(Protocol):
     """Support features to weights, and all features through these weights. Registered as a function of the `ModelConfig` and
     the backbone's channels F.
 
-    A generator that needs to know the base classes has a method `fit(mean, weights)` too. The task `generator` calls it before
-    its first step, with the mean of their features (F,) and the weights (base_outputs, F) of the classifier of pretraining, or
+    A generator with trained weights that needs to know the base classes has a method `fit(mean, weights)` too; one without is
+    a `Fitted`. The task `generator` calls `fit(mean, weights)` before its first step, with the mean of their features (F,) and the weights (base_outputs, F) of the classifier of pretraining, or
     None without one. Keep what it stores in buffers, so that checkpoints hold it.
     """
 

@@ -174,15 +174,18 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def sound(state: TrainState) -> bool:
+    """Return True if the values have the right types."""
+    numbers = (state.val_accuracy, state.val_ci95)
+    finite = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    return type(state.step) is int and state.step >= 0 and finite
+
+
 def _sound(meta: Meta) -> bool:
     """Return True if the values have the right types."""
-    state = meta.state
     texts = [*meta.files.values(), meta.data]
-    numbers = (state.val_accuracy, state.val_ci95)
     return (
-        type(state.step) is int
-        and state.step >= 0
-        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+        sound(meta.state)
         and all(isinstance(text, str) for text in texts)
         and "state.pt" in meta.files
         and isinstance(meta.config, dict)

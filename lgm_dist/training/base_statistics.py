@@ -1,4 +1,4 @@
-"""Statistics of the base classes, which some heads need."""
+"""Statistics of the base classes, which some heads and generators need."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def fit_head(
     images_per_class: int = IMAGES_PER_CLASS,
     maps: Maps | None = None,
 ) -> None:
-    """Give the head the statistics of the base classes that it needs; nothing happens if it needs none.
+    """Give head and generator the statistics of the base classes that they need; nothing happens if they need none.
 
     They are taken over the first images of each class of `bank`, the train split, and mirror images if
     config.episodes.eval_flips. All workers call this together and get the same. The mode of the model stays as it was.
 
     Args:
-        model: The network, on the worker's device. Its statistics are buffers of the head.
+        model: The network, on the worker's device. Its statistics are buffers of head and generator.
         bank: The images of the base classes.
         config: Gives the normalisation of images and `eval_flips`.
         worker: This process among those that fit together; None for one process.
@@ -63,11 +63,10 @@ def needs_statistics(model: LGMNet) -> bool:
 
 
 def _modules(model: LGMNet) -> list[Fitted]:
-    """The parts of the network that take statistics: the generator, or parts of the head."""
-    if isinstance(model.generator, Fitted):
-        return [model.generator]
+    """The parts of the network that take statistics: the generator, and parts of the head."""
     assert isinstance(model.head, torch.nn.Module)
-    return [module for module in model.head.modules() if isinstance(module, Fitted) and module.needs_statistics]
+    parts = [model.generator, *model.head.modules()]
+    return [module for module in parts if isinstance(module, Fitted) and module.needs_statistics]
 
 
 def base_images(bank: ImageBank, images_per_class: int = IMAGES_PER_CLASS) -> tuple[Index, Index]:

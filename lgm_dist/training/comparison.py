@@ -113,6 +113,8 @@ def compare(
         configs = [cell.replace(**_of_config(settings)) for cell in cells]
         if settings:
             fit_head(variant, base, configs[0], worker, maps=base_maps)
+        if settings.get(CONTEXT) == "other":  # after the statistics of its generator
+            variant = with_other_context(variant)
         evaluations = [evaluate(variant, bank, c, bank.split, episodes, draws, worker, maps) for c in configs]
         found.append(Row(settings, tuple(evaluations)))
     return found
@@ -155,13 +157,12 @@ def _value_of(name: str, text: str) -> Any:
 
 
 def _variant(model: LGMNet, settings: Settings) -> LGMNet:
-    """The network with these settings of the group model."""
+    """The network with these settings of the group model, with its own context."""
     generator = settings.get("model.generator", model.config.generator)
     if settings.get(CONTEXT) == "other" and generator == "none":
         raise ValueError("compare: context=other needs a network with a generator, and this one has none; leave it out")
     config = Config(model=model.config).replace(**_of_config(settings)).model
-    variant = (model.without_generator() if generator == "none" else model).with_head(config)
-    return with_other_context(variant) if settings.get(CONTEXT) == "other" else variant
+    return (model.without_generator() if generator == "none" else model).with_head(config)
 
 
 def _of_config(settings: Settings) -> Settings:

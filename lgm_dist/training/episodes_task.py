@@ -45,7 +45,8 @@ class Episodes(Task):
             )
         if hasattr(GENERATORS.get(model.generator), "fit"):
             raise ValueError(
-                f"model.generator ({model.generator!r}) needs to know the base classes; train it in stage generator"
+                f"model.generator ({model.generator!r}) needs to know the base classes; use stage generator, or, for "
+                "base_directions, pretraining"
             )
 
     def batch(self, step: int) -> EpisodeBatch | DeviceBatch:

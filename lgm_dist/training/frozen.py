@@ -26,6 +26,8 @@ _AFTER = (
     "power",
     "centre",
     "shrinkage",
+    "base_share",
+    "episode_share",
     "kernels",
     "noise_size",
     "weight_norm",

@@ -15,6 +15,7 @@ from lgm_dist.data.labelled import ImageSampler, check_labelled
 from lgm_dist.data.philox import Purpose
 from lgm_dist.data.streamed import BaseImages
 from lgm_dist.model import LGMNet
+from lgm_dist.model.parts import Fitted
 from lgm_dist.training import averaging, schedule
 from lgm_dist.training.base_statistics import IMAGES_PER_CLASS, fit_head, needs_statistics
 from lgm_dist.training.evaluation import Evaluation, evaluate
@@ -143,16 +144,17 @@ class Pretraining(Task):
         return loss, (logits.argmax(1) == batch.labels).float().mean()
 
     def evaluate(self, model: LGMNet, split: Split) -> Evaluation | None:
-        """Accuracy of backbone and head, without generated weights, on the episodes of val or test.
+        """Accuracy on the episodes of val or test, without a generator that a later stage trains.
 
-        The head gets the statistics of the base classes that it needs.
+        Head and generator get the statistics of the base classes that they need.
         """
         e = self.config.episodes
         count = e.test_episodes if split == "test" else e.eval_episodes
         if not count:
             return None
         self._fit_head(model)
-        return evaluate(model.without_generator(), self.bank(split), self.config, split, count, 0, self.worker)
+        network = model if isinstance(model.generator, Fitted) else model.without_generator()
+        return evaluate(network, self.bank(split), self.config, split, count, 0, self.worker)
 
     def optimizer(self, model: LGMNet) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum, or AdamW, for backbone and classifier; with averages of the weights if asked for."""

@@ -39,7 +39,7 @@ class BaseDirections(nn.Module):
         if not config.pool:
             raise ValueError(
                 "model.pool (0) must be 1, 2, 3 or 4 for model.generator base_directions, whose vectors need maps of a known "
-                "size; use --model.pool 2"
+                "size; set model.pool to 2"
             )
         self.vectors = Vectors(config, channels)
         self.base_share, self.episode_share = config.base_share, config.episode_share
