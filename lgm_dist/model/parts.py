@@ -50,8 +50,9 @@ class Generator(Protocol):
     the backbone's channels F.
 
     A generator with trained weights that needs to know the base classes has a method `fit(mean, weights)` too; one without is
-    a `Fitted`. The task `generator` calls `fit(mean, weights)` before its first step, with the mean of their features (F,) and the weights (base_outputs, F) of the classifier of pretraining, or
-    None without one. Keep what it stores in buffers, so that checkpoints hold it.
+    a `Fitted`. The task `generator` calls `fit(mean, weights)` before its first step, with the mean of their features (F,) and
+    the weights (base_outputs, F) of the classifier of pretraining, or None without one. Keep what it stores in buffers, so that
+    checkpoints hold it.
     """
 
     channels: int
