@@ -181,3 +181,33 @@ def test_pretraining_measures_the_network_with_it(small: Config, tiny: Any, tmp_
 def test_dense_matching_is_refused(small: Config) -> None:
     with pytest.raises(ValueError, match=r"^model\.head \('ridge'\) compares the places of maps"):
         build_model(replace(small.model, generator="base_directions", head="ridge", pool=2))
+
+
+@pytest.mark.parametrize("generator", ["none", "base_directions"])
+@pytest.mark.parametrize("head", ["class_means", "cnaps", "logistic"])
+@pytest.mark.parametrize("settings", [{}, STRONG])
+@torch.no_grad()
+def test_the_network_on_vectors_gives_the_same_answers(generator: str, head: str, settings: dict[str, Any]) -> None:
+    model = build_model(replace(PLAIN, generator=generator, head=head, **settings)).double().eval()
+    for part in (model.generator, getattr(model.head, "vectors", None)):
+        if getattr(part, "needs_statistics", False):
+            part.fit(*base())  # type: ignore[union-attr]
+    support, query = episode()
+    for network in (model, with_other_context(model) if generator != "none" else model):
+        found = network.on_vectors()
+        assert found is not None
+        vectors, light = found
+        s, q = (vectors(x)[..., None, None] for x in (support, query))
+        codes = light.generator.encode(s.flatten(0, 1), 2).unflatten(0, s.shape[:2])
+        whole = network.generator.encode(support.flatten(0, 1), 2).unflatten(0, support.shape[:2])
+        expected = network.classify(torch.cat([support, query], 1), whole, N)
+        torch.testing.assert_close(light.double().classify(torch.cat([s, q], 1), codes, N), expected)
+
+
+def test_networks_that_compare_maps_as_they_are_have_no_vectors() -> None:
+    for settings in (
+        {"generator": "low_rank"},
+        {"generator": "none", "pool": 0},
+        {"generator": "none", "head": "ridge"},
+    ):
+        assert build_model(replace(PLAIN, **settings)).on_vectors() is None  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from lgm_dist.model.lgmnet import LGMNet
@@ -20,6 +22,10 @@ class OtherContext(nn.Module):
         self.channels = generator.channels
         if vectors := getattr(generator, "vectors", None):
             self.vectors = vectors
+
+    def on_vectors(self) -> OtherContext:
+        """See `BaseDirections`."""
+        return OtherContext(cast(Any, self.generator).on_vectors())
 
     def encode(self, features: Tensor, episodes: int) -> Tensor:
         """As the generator."""

@@ -184,6 +184,26 @@ class LGMNet(nn.Module):
         backbone = BACKBONES.get("none")(config)
         return LGMNet(config, (backbone, self.generator, self.head)).train(self.training)
 
+    def on_vectors(self) -> tuple[nn.Module, LGMNet] | None:
+        """What makes vectors of maps (B, n, F, h, w) -> (B, n, D), and this network for maps (B, n, D, 1, 1) that are vectors.
+
+        For evaluation, where an image is in many episodes and its vector is the same in all. None if the network compares maps
+        as they are, or if its generator changes the maps before. Tensors are shared, not copied, but for small ones.
+        """
+        vectors, generator, head = _vectors_of(self.generator), self.generator, self.head
+        if vectors:
+            generator = cast(Any, generator).on_vectors()
+        elif self.config.generator == "none" and getattr(
+            vectors := getattr(head, "vectors", None), "changes_images", False
+        ):
+            generator = GENERATORS.get("none")(self.config, cast(Any, vectors).size)
+            head = HEADS.get(self.config.head)(_without_vectors(self.config), cast(Any, vectors).size)
+            self._take_over(head, self.head)
+        else:
+            return None
+        assert vectors is not None
+        return vectors, LGMNet(self.config, (self.backbone, generator, head)).train(self.training)
+
     def reduce_over(self, all_reduce: AllReduce | None) -> None:
         """Take the normalisation's statistics over all workers: `all_reduce` sums a tensor over them in place."""
         for module in self.modules():
@@ -251,16 +271,19 @@ def _build_parts(config: ModelConfig) -> Parts:
 
 def _build_head(config: ModelConfig, generator: Generator) -> Head:
     """The head that `config` names. After a generator that works on vectors, it takes them as they are."""
-    plain = ModelConfig()
     if _vectors_of(generator):
-        names = ("pool", "power", "centre", "shrinkage", "rotations", "blocks")
-        config = replace(config, **{name: getattr(plain, name) for name in names})
+        config = _without_vectors(config)
         if config.head == "ridge":
             raise ValueError(
                 f"model.head ('ridge') compares the places of maps, and model.generator ({config.generator!r}) has none; use "
                 "another head, or --model.generator none"
             )
     return HEADS.get(config.head)(config, generator.channels)
+
+
+def _without_vectors(config: ModelConfig) -> ModelConfig:
+    """`config` for a head that gets vectors and takes them as they are."""
+    return replace(config, pool=0, power=1.0, centre=False, shrinkage=1.0, rotations=1, blocks=1)
 
 
 def _vectors_of(generator: Generator) -> nn.Module | None:

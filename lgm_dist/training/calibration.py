@@ -21,7 +21,7 @@ from lgm_dist.model import LGMNet
 from lgm_dist.training.arithmetic import arithmetic
 from lgm_dist.training.comparison import shared_maps
 from lgm_dist.training.embedding import Maps
-from lgm_dist.training.evaluation import embed_each_image_once
+from lgm_dist.training.evaluation import embed_each_image_once, on_vectors
 from lgm_dist.training.reliability import Reliability, auroc, reliability
 from lgm_dist.training.worker import Worker
 
@@ -244,11 +244,11 @@ def _answers(
 ) -> _Answers:
     ways, shot = size
     images = ways * shot
-    inside, outside, labels = [], [], []
+    inside, outside, labels, network = [], [], [], on_vectors(model)
     for _, features, codes, label in embed_each_image_once(model, bank, wider, bank.split, episodes, worker, maps):
         queries = features[:, codes.shape[1] :]  # (B, T, F, h, w)
         both = torch.cat([features[:, :images], queries], 1)  # (B, N * K + T, F, h, w)
-        logits = model.logits(both, codes[:, :images], [shot] * ways).cpu()  # (B, T, N)
+        logits = network.logits(both, codes[:, :images], [shot] * ways).cpu()  # (B, T, N)
         known = (label < ways).cpu()  # (B, T)
         inside.append(logits[known])
         outside.append(logits[~known])

@@ -18,7 +18,7 @@ from lgm_dist.data.bank import ImageBank
 from lgm_dist.data.episodes import draw_noise, draw_rows, sample_episodes
 from lgm_dist.model import LGMNet
 from lgm_dist.training.arithmetic import arithmetic
-from lgm_dist.training.embedding import KeptMaps, Maps, embed_images, pieces
+from lgm_dist.training.embedding import IMAGES_AT_ONCE, KeptMaps, Maps, embed_images, pieces
 from lgm_dist.training.worker import Worker
 
 METHODS = (("mean noise",), ("single draw",), ("single draw", "vote", "mean probability"))
@@ -128,10 +128,11 @@ def predictions(
     """
     standard = config.episodes.protocol == "standard"
     embed = partial(embed_each_image_once, maps=maps) if standard else _embed_episodes
+    network = model if not standard else on_vectors(model)
     ways = config.episode(split).ways
     for first, features, codes, labels in embed(model, bank, config, split, episodes, worker):
         noise = draw_noise(config, split, first, len(labels), draws).to(worker.device) if draws else [None]
-        log_p = [model.classify(features, codes, ways, n) for n in noise]
+        log_p = [network.classify(features, codes, ways, n) for n in noise]
         yield first, torch.stack(log_p), labels
 
 
@@ -151,12 +152,19 @@ Embedded = Iterator[tuple[int, Tensor, Tensor, Tensor]]
 episodes."""
 
 
+def on_vectors(model: LGMNet) -> LGMNet:
+    """The network that takes what `embed_each_image_once` yields: `model`, or the part of it after its vectors."""
+    split_off = model.on_vectors()
+    return model if split_off is None else split_off[1]
+
+
 def embed_each_image_once(
     model: LGMNet, bank: ImageBank, config: Config, split: Split, episodes: int, worker: Worker, maps: Maps | None
 ) -> Embedded:
     """Embed each image once, by one of the workers: it is the same in all episodes.
 
-    With copies, an image that is a support image here and a query there has two embeddings.
+    With copies, an image that is a support image here and a query there has two embeddings. The feature maps and codes are
+    those of `on_vectors(model)`.
     """
     copies, images = config.episodes.eval_copies, len(bank.images)
     everything = draw_rows(bank, config, split, 0, episodes)
@@ -170,6 +178,10 @@ def embed_each_image_once(
         copied = embed_images(model, bank, config, unique[plain:] - images, worker, copies, maps)
         found = torch.cat([found[0], copied[0]]), torch.cat([found[1], copied[1]])
     features, codes = found  # (n, F, h, w), (n, E)
+    if (split_off := model.on_vectors()) is not None:
+        vectors, network = split_off
+        parts = [vectors(part[None])[0][..., None, None] for part in features.split(IMAGES_AT_ONCE)]
+        features, codes = torch.cat(parts), torch.cat([network.generator.encode(part, 1) for part in parts])
     labels, where = torch.from_numpy(everything.labels), torch.from_numpy(positions.reshape(keys.shape))
     for first, last in pieces(worker.slice_of(0, episodes), keys.shape[1]):
         index = where[first:last].to(worker.device)  # (B, S + T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class BaseDirections(nn.Module):
                 "model.pool (0) must be 1, 2, 3 or 4 for model.generator base_directions, whose vectors need maps of a known "
                 "size; set model.pool to 2"
             )
-        self.vectors = Vectors(config, channels)
+        self.vectors, self._config = Vectors(config, channels), config
         self.base_share, self.episode_share = config.base_share, config.episode_share
         self.channels = channels * config.pool**2
         self.register_buffer("directions", torch.zeros(DIRECTIONS, self.channels))
@@ -59,6 +60,13 @@ class BaseDirections(nn.Module):
         shares = (lengths / lengths[0].clamp_min(1e-12))[:DIRECTIONS, None]  # (r, 1), sqrt(l_j / l_1)
         self.directions.zero_()
         self.directions[: len(shares)] = shares.sqrt() * found[:DIRECTIONS]
+
+    def on_vectors(self) -> BaseDirections:
+        """This generator for maps (n, D, 1, 1) that are vectors already; `directions` are shared with it."""
+        plain = replace(self._config, pool=1, power=1.0, centre=False, shrinkage=1.0, rotations=1, blocks=1)
+        found = BaseDirections(plain, self.channels)
+        found.directions = self.directions
+        return found
 
     def encode(self, features: Tensor, _episodes: int) -> Tensor:
         """features (n, F, h, w) -> vectors (n, D)."""

@@ -48,11 +48,18 @@ class Vectors(nn.Module):
                 f"({config.shrinkage}), whose statistics need maps of a known size; use --model.pool 2"
             )
         size = channels if places else channels * config.pool**2
+        self.size = size
         if self.centred:
             self.register_buffer("mean", torch.zeros(size))
         if self.whitened:
             identity = torch.eye(size // self.parts)
             self.register_buffer("whitening", identity.repeat(self.parts, 1, 1) if self.parts > 1 else identity)
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether a vector is more than an image's map as it is, and is one vector of the whole image."""
+        changes = self.pool or self.power != 1 or self.centred or self.whitened or self.parts > 1
+        return bool(changes) and not self.places
 
     @property
     def needs_statistics(self) -> bool:
