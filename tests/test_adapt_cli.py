@@ -79,6 +79,23 @@ def test_adapt_prints_the_report_and_writes_the_classifier(
     assert out.endswith(f"written to {classifier} ({classifier.stat().st_size / 1e6:.2f} MB)\n")
 
 
+def test_the_commands_of_the_readme(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the learner of the package, which tells photos of three colours apart."""
+    new = [photo(tmp_path / "new" / f"{i}.png", i, 50 + i) for i in range(3)]
+    assert run(adapt, monkeypatch, folder, "--learner", "fc100-conv4", "--out", tmp_path / "birds.lgm") == 0
+    assert run(predict, monkeypatch, tmp_path / "birds.lgm", tmp_path / "new", "--sheet", tmp_path / "birds.html") == 0
+    out, errors = capsys.readouterr()
+    assert errors == ""
+    answers = Classifier.load(tmp_path / "birds.lgm").predict(new)
+    assert [answer.label for answer in answers] == list(NAMES)
+    assert all(answer.unknown is not None for answer in answers)
+    assert all(str(path) in out for path in new)
+    assert (tmp_path / "birds.lgm").stat().st_size < 1_000_000
+    assert (tmp_path / "birds.html").read_text().count("<img") == 3
+
+
 def test_predict_prints_and_writes_all_answers(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
