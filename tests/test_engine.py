@@ -408,6 +408,9 @@ class Scripted(nn.Module):
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros(len(images), 1, 1, 1), torch.zeros(len(images), 2)
 
+    def on_vectors(self) -> None:
+        """Its maps are no vectors."""
+
     def classify(self, features: Tensor, *_: Any) -> Tensor:
         log_p: Tensor = next(self.draws).log()  # (T, N)
         return log_p.expand(len(features), -1, -1)  # (B, T, N)
