@@ -190,7 +190,7 @@ def test_what_is_wrong_with_predict_is_one_sentence(
 def test_adapt_of_no_folder(learner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert run(adapt, monkeypatch, tmp_path / "x", "--learner", learner, "--out", tmp_path / "a") == 1
     assert capsys.readouterr().err == (
-        f"lgm-dist adapt: there is no folder {tmp_path}/x; photos lie in a folder of class folders, one a class\n"
+        f"lgm-dist adapt: the folder {tmp_path}/x does not exist; name a folder with one folder of photos for each class\n"
     )
     photo(tmp_path / "one" / "a" / "1.png", 0, 0)
     assert run(adapt, monkeypatch, tmp_path / "one", "--learner", learner, "--out", tmp_path / "a") == 1

@@ -220,7 +220,7 @@ def test_decompression_bombs_are_refused(root: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_wrong_tree_is_explained(root: Path) -> None:
-    assert f"there is no folder {root}/none/train" in fault(root / "none")
+    assert f"the folder {root}/none/train does not exist" in fault(root / "none")
     assert "size (0) must be at least 1" in fault(root, 0)
     twice = save(root / "val" / "train_bird" / "a.png")
     assert "class train_bird is in train and in val" in fault(root)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.headers import rewritten
 from safetensors import safe_open
 
 from lgm_dist import Config, Learner, fit, learners, load, open_bank, sample_episodes
@@ -104,19 +105,6 @@ def test_low_rank_keeps_a_whitening_whose_other_eigenvalues_are_equal(parts: tup
         w[place] = r @ np.diag([0.1, 0.2, 0.3] + [1.5] * 9) @ r.T
     found = from_low_rank(*low_rank(torch.from_numpy(w), 3)).numpy()
     assert np.abs(found - w).max() < 2e-3  # half precision of the components
-
-
-def rewritten(path: Path, change: Any) -> Path:
-    """The file with another header record."""
-    content = path.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    head = json.loads(content[8 : 8 + size])
-    record = json.loads(head["__metadata__"]["lgm_dist"])
-    change(record)
-    head["__metadata__"]["lgm_dist"] = json.dumps(record)
-    packed = json.dumps(head).encode()
-    path.write_bytes(struct.pack("<Q", len(packed)) + packed + content[8 + size :])
-    return path
 
 
 @pytest.mark.parametrize("generator", ["none", "lgm", "base_attention", "base_directions", "residual"])

@@ -163,7 +163,7 @@ def test_problems(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("problem", "sentence"),
     [
-        ("no/such/folder", r"^there is no folder no/such/folder; photos lie in a folder of class folders"),
+        ("no/such/folder", r"^the folder no/such/folder does not exist; name a folder with one folder of photos"),
         (["a.jpg"], r"^photos \(list\) must be a folder of class folders or \{name: \[photos\]\}$"),
         ({"a": [PIXELS]}, r"^photos has 1 classes; give 2 to 1,000$"),
         ({str(i): [PIXELS] for i in range(1001)}, r"^photos has 1001 classes; give 2 to 1,000$"),

@@ -48,7 +48,7 @@ class Prediction:
     probability: float
     """Its probability."""
     probabilities: Mapping[str, float]
-    """Of every class."""
+    """The probability of each class, by its name."""
     unknown: bool | None
     """Whether the photo shows none of the classes; None if the learner has no calibration."""
 
@@ -108,7 +108,7 @@ class Classifier:
     def remove(self, name: str) -> None:
         """Remove a class. Raises ValueError for a class that there is not, and for the last but one."""
         if name not in self._examples:
-            raise ValueError(f"there is no class {name!r}; {did_you_mean(name, self._examples)}")
+            raise ValueError(f"class {name!r} is not in the classifier; {did_you_mean(name, self._examples)}")
         self._change({other: example for other, example in self._examples.items() if other != name})
 
     def report(self) -> Report:

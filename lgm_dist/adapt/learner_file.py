@@ -172,7 +172,7 @@ def plain_errors(path: Path, what: str, writer: str) -> Iterator[None]:
     except Refused:
         raise
     except FileNotFoundError:
-        raise ValueError(f"there is no file {path}; write the file of a {what} with {writer}") from None
+        raise ValueError(f"the file {path} does not exist; write one with {writer}") from None
     except OSError as error:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name the file of a {what}, written with {writer}") from None

@@ -72,7 +72,9 @@ def problem_of(given: Problem) -> dict[str, list[Photo]]:
     if isinstance(given, (str, os.PathLike)):
         folder = Path(given).expanduser()
         if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}; photos lie in a folder of class folders, one a class")
+            raise ValueError(
+                f"the folder {folder} does not exist; name a folder with one folder of photos for each class"
+            )
         classes = {name: list(files) for name, files in class_files(folder).items()}
     elif isinstance(given, Mapping):
         classes = {name: _listed(name, photos) for name, photos in given.items()}

@@ -57,7 +57,7 @@ class Report:
     """Accuracy by leaving photos out, and what is wrong with the photos."""
 
     classes: Mapping[str, Share]
-    """Of each class."""
+    """By class: the photos that were left out, and how many of them were classified correctly."""
     shots: Mapping[str, int]
     """Labelled photos of each class."""
     near_duplicates: tuple[tuple[str, str], ...]
@@ -65,7 +65,7 @@ class Report:
 
     @property
     def total(self) -> Share:
-        """Of all classes."""
+        """The sum over all classes."""
         return Share(sum(s.hits for s in self.classes.values()), sum(s.count for s in self.classes.values()))
 
     @property
@@ -112,7 +112,7 @@ def report_of(model: LGMNet, examples: Mapping[str, Examples]) -> Report:
     for name, example in examples.items():
         if example.photos is None:
             raise ValueError(
-                f"the photos of class {name!r} are not in the file of a classifier, so there is no report after a change; "
+                f"report: a classifier's file does not keep the photos (class {name!r}), which a report after a change needs; "
                 "adapt again with all photos"
             )
     hits = _hits_of_means(model, examples) if compares_means(model) else _hits_of_rounds(model, examples)

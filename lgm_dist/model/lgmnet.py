@@ -153,21 +153,21 @@ class LGMNet(nn.Module):
     def _generator_for(self, config: ModelConfig) -> Generator:
         """The generator that `config` names: this network's, or a new one without trained weights."""
         ours = self.config
+        if config.generator == ours.generator and _has_weights(self.generator):
+            if (config.rotations, config.blocks) != (ours.rotations, ours.blocks):
+                raise ValueError(
+                    f"model.rotations ({config.rotations}) and model.blocks ({config.blocks}) must be {ours.rotations} and "
+                    f"{ours.blocks}, for which the generator {ours.generator!r} was trained; use model.generator none"
+                )
+            return self.generator
         wanted = GENERATORS.get(config.generator)(config, channels_of(config, self.backbone))
-        if not any(True for _ in cast(nn.Module, wanted).parameters()):
-            self._take_over(wanted, self.generator)
-            return wanted
-        if config.generator != ours.generator:
+        if _has_weights(wanted):
             raise ValueError(
                 f"model.generator ({config.generator!r}) must be none, base_directions or the network's own, "
                 f"{ours.generator}; another one takes training"
             )
-        if (config.rotations, config.blocks) != (ours.rotations, ours.blocks):
-            raise ValueError(
-                f"model.rotations ({config.rotations}) and model.blocks ({config.blocks}) must be {ours.rotations} and "
-                f"{ours.blocks}, for which the generator {ours.generator!r} was trained; use model.generator none"
-            )
-        return self.generator
+        self._take_over(wanted, self.generator)
+        return wanted
 
     def _take_over(self, part: Any, former: Any) -> None:
         """Move `part` to the network's device, with those tensors of `former` that have the name and shape of one of its."""
@@ -188,7 +188,7 @@ class LGMNet(nn.Module):
         """What makes vectors of maps (B, n, F, h, w) -> (B, n, D), and this network for maps (B, n, D, 1, 1) that are vectors.
 
         For evaluation, where an image is in many episodes and its vector is the same in all. None if the network compares maps
-        as they are, or if its generator changes the maps before. Tensors are shared, not copied, but for small ones.
+        as they are, or if its generator changes the maps before. The backbone and the statistics are shared, not copied.
         """
         vectors, generator, head = _vectors_of(self.generator), self.generator, self.head
         if vectors:
@@ -279,6 +279,11 @@ def _build_head(config: ModelConfig, generator: Generator) -> Head:
                 "another head, or --model.generator none"
             )
     return HEADS.get(config.head)(config, generator.channels)
+
+
+def _has_weights(generator: Generator) -> bool:
+    """Return True if the generator has weights to train."""
+    return any(True for _ in cast(nn.Module, generator).parameters())
 
 
 def _without_vectors(config: ModelConfig) -> ModelConfig:

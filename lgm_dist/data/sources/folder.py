@@ -39,7 +39,7 @@ def folder_source(source: str, name: str, size: int | None = None) -> DataSource
     for split in SPLITS:
         if not (root / split).is_dir():
             raise ValueError(
-                f"there is no folder {root / split}; a source has train/, val/ and test/, each with a folder per class"
+                f"the folder {root / split} does not exist; a source has train/, val/ and test/, each with one folder per class"
             )
     files = {split: class_files(root / split) for split in SPLITS}
     _check_disjoint(files)
